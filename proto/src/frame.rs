@@ -1,0 +1,711 @@
+//! Event frames: what a publisher tells the index, one source per frame.
+//!
+//! ```text
+//! offset  0   4 bytes  magic "KVAF"
+//!         4   u16 LE   version (1)
+//!         6   u16 LE   0, reserved
+//!         8   u64 LE   XXH3-64 of the body
+//!        16   body     rkyv archive, little-endian, readable at any address
+//! ```
+//!
+//! A frame is read in place, but only after [`FrameView::parse`] has checked all of it: magic, version, size,
+//! checksum, archive structure, names, and that operations and keys add up. A frame that fails is dropped and counted
+//! by the receiver. Token ids never travel: a stored block costs its 8-byte key plus a share of its operation.
+//!
+//! One source (instance and rank) has one contiguous sequence for all its tiers and cache groups, so that a block
+//! that moves between tiers moves in one step. A new epoch starts empty at sequence 0; what came before is void.
+
+use crate::ids::{
+    CacheGroup, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, InvalidInstanceError, MAX_MEDIUM_BYTES,
+    SourceId, Tier,
+};
+use crate::keys::{BlockKey, KeyVariant};
+use crate::scope::{InvalidScopeError, Scope};
+use wire::{OpRecord, OwnerRecord};
+
+/// Version of the layout above.
+pub const FRAME_VERSION: u16 = 1;
+/// Largest frame, in bytes. Below NATS's default `max_payload` of 1 MiB.
+pub const MAX_FRAME_BYTES: usize = 768 * 1024;
+/// Most owners (tier and cache group) one source can have.
+pub const MAX_FRAME_OWNERS: usize = 256;
+/// Bytes before the body.
+pub const PREAMBLE_BYTES: usize = 16;
+const MAGIC: [u8; 4] = *b"KVAF";
+
+/// What a frame is part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FramePart {
+    /// Changes as they happen; empty as a heartbeat.
+    Live = 0,
+    /// A piece of the full state at the start of an epoch; more follows.
+    Snapshot = 1,
+    /// The last piece of the full state: from here on the index has everything the publisher has.
+    SnapshotEnd = 2,
+}
+
+/// What the publisher knows about the truth of its own mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum SourceHealth {
+    /// Every event since the engine started (or its last reset) was seen.
+    Exact = 0,
+    /// The publisher joined a running engine: blocks stored before are missing (under-reported).
+    JoinedLate = 1,
+    /// Events were lost and could not be replayed: state was dropped and is being rebuilt (under-reported).
+    EventsLost = 2,
+    /// A message of the engine could not be decoded; its changes are unknown.
+    Undecodable = 3,
+    /// A bound of the publisher was reached; some blocks are not tracked (under-reported).
+    OverLimit = 4,
+}
+
+/// One tier and cache group of the source.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FrameOwner {
+    /// Where the blocks lie.
+    pub tier: Tier,
+    /// The engine's name of the medium.
+    pub medium: String,
+    /// Cache group.
+    pub group: CacheGroup,
+    /// What the group needs to serve a prefix.
+    pub kind: GroupKind,
+}
+
+/// Everything in a frame but the operations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Which key space.
+    pub scope: Scope,
+    /// Who publishes.
+    pub source: SourceId,
+    /// How this engine shapes extra keys.
+    pub variant: KeyVariant,
+    /// Publisher's lifetime.
+    pub epoch: Epoch,
+    /// Position in the epoch, contiguous from 0.
+    pub seq: FrameSeq,
+    /// Live changes or a piece of a snapshot.
+    pub part: FramePart,
+    /// What the publisher knows about its own truth.
+    pub health: SourceHealth,
+    /// Wall clock of the newest engine event inside, nanoseconds since the Unix epoch; 0 for a heartbeat.
+    pub engine_time_ns: u64,
+    /// The owners that operations refer to by position.
+    pub owners: Vec<FrameOwner>,
+}
+
+/// The operations of a frame under construction, in order.
+#[derive(Clone, Debug, Default)]
+pub struct OpBuffer {
+    ops: Vec<OpRecord>,
+    keys: Vec<u64>,
+}
+
+/// A validated frame, read in place.
+#[derive(Debug)]
+pub struct FrameView<'a> {
+    header: FrameHeader,
+    archived: &'a wire::ArchivedBody,
+}
+
+/// One operation of a validated frame.
+#[derive(Debug)]
+pub struct Op<'a> {
+    /// Position in [`FrameHeader::owners`].
+    pub owner: usize,
+    /// What happened.
+    pub change: Change<'a>,
+}
+
+/// What happened to an owner's blocks.
+#[derive(Debug)]
+pub enum Change<'a> {
+    /// The owner now holds these consecutive blocks; the first one follows `parent`.
+    Stored {
+        /// Key of the block before the first one, or the seed's root key.
+        parent: BlockKey,
+        /// Consecutive keys.
+        keys: Keys<'a>,
+    },
+    /// The owner no longer holds these blocks, in any order.
+    Removed(Keys<'a>),
+    /// The owner holds nothing.
+    Cleared,
+}
+
+/// A run of keys inside a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys<'a>(&'a [rkyv::rend::unaligned::u64_ule]);
+
+/// A frame would be larger than [`MAX_FRAME_BYTES`] or has too many owners.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeFrameError {
+    /// Too many bytes: split the operations over several frames.
+    #[error("frame of {0} bytes exceeds {MAX_FRAME_BYTES}: split it")]
+    TooLarge(usize),
+    /// More owners than an operation can name.
+    #[error("{0} owners exceed {MAX_FRAME_OWNERS}")]
+    TooManyOwners(usize),
+    /// The archive could not be written.
+    #[error("frame could not be archived: {0}")]
+    Archive(rkyv::rancor::Error),
+}
+
+/// A received frame is not usable. It is dropped as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum ParseFrameError {
+    /// Shorter than the preamble, or longer than allowed.
+    #[error("frame of {0} bytes (a frame has {PREAMBLE_BYTES} to {MAX_FRAME_BYTES})")]
+    Size(usize),
+    /// Not a frame.
+    #[error("magic is not KVAF")]
+    Magic,
+    /// A frame of another version: upgrade the older side.
+    #[error("frame version {0}, this build reads version {FRAME_VERSION}: upgrade the older side")]
+    Version(u16),
+    /// The body was damaged.
+    #[error("checksum does not match")]
+    Checksum,
+    /// The body is not a valid archive.
+    #[error("archive is not valid: {0}")]
+    Archive(rkyv::rancor::Error),
+    /// The scope is not valid.
+    #[error(transparent)]
+    Scope(#[from] InvalidScopeError),
+    /// The instance name is not valid.
+    #[error(transparent)]
+    Instance(#[from] InvalidInstanceError),
+    /// A number has no meaning in this version.
+    #[error("{field} {value} has no meaning in frame version {FRAME_VERSION}")]
+    Unknown {
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        value: u32,
+    },
+    /// Operations, owners and keys do not add up.
+    #[error("operations are inconsistent: {0}")]
+    Inconsistent(&'static str),
+}
+
+/// The archived layout. Private: readers go through [`FrameView`].
+#[allow(missing_docs, unreachable_pub)]
+mod wire {
+    use rkyv::{Archive, Deserialize, Serialize};
+
+    #[derive(Clone, Debug, Archive, Serialize, Deserialize)]
+    #[rkyv(derive(Debug))]
+    pub struct OwnerRecord {
+        pub tier: u8,
+        pub kind: u8,
+        pub group: u16,
+        pub window_tokens: u32,
+        pub block_tokens: u32,
+        pub medium: String,
+    }
+
+    #[derive(Clone, Copy, Debug, Archive, Serialize, Deserialize)]
+    #[rkyv(derive(Debug))]
+    pub struct OpRecord {
+        pub kind: u8,
+        pub owner: u8,
+        pub len: u32,
+        pub parent: u64,
+    }
+
+    #[derive(Debug, Archive, Serialize, Deserialize)]
+    #[rkyv(derive(Debug))]
+    pub struct Body {
+        pub epoch: u64,
+        pub seq: u64,
+        pub engine_time_ns: u64,
+        pub rank: u32,
+        pub block_size: u32,
+        pub key_version: u16,
+        pub part: u8,
+        pub health: u8,
+        pub multimodal_offsets: u8,
+        pub lookahead_tokens: u8,
+        pub model: String,
+        pub tenant: String,
+        pub instance: String,
+        pub owners: Vec<OwnerRecord>,
+        pub ops: Vec<OpRecord>,
+        pub keys: Vec<u64>,
+    }
+}
+
+const OP_STORED: u8 = 0;
+const OP_REMOVED: u8 = 1;
+const OP_CLEARED: u8 = 2;
+
+const KIND_FULL: u8 = 0;
+const KIND_SLIDING_WINDOW: u8 = 1;
+const KIND_STATE: u8 = 2;
+const KIND_UNKNOWN: u8 = 3;
+
+// === impl FramePart ===
+
+impl FramePart {
+    fn from_index(index: u8) -> Option<Self> {
+        [Self::Live, Self::Snapshot, Self::SnapshotEnd].get(usize::from(index)).copied()
+    }
+}
+
+// === impl SourceHealth ===
+
+impl SourceHealth {
+    /// All values, exact first.
+    pub const ALL: [Self; 5] =
+        [Self::Exact, Self::JoinedLate, Self::EventsLost, Self::Undecodable, Self::OverLimit];
+
+    /// Name for answers and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::JoinedLate => "joined_late",
+            Self::EventsLost => "events_lost",
+            Self::Undecodable => "undecodable",
+            Self::OverLimit => "over_limit",
+        }
+    }
+}
+
+// === impl FrameOwner ===
+
+impl FrameOwner {
+    fn to_record(&self) -> OwnerRecord {
+        let (kind, window_tokens, block_tokens) = match self.kind {
+            GroupKind::Full => (KIND_FULL, 0, 0),
+            GroupKind::SlidingWindow { window_tokens, block_tokens } => {
+                (KIND_SLIDING_WINDOW, window_tokens, block_tokens)
+            }
+            GroupKind::State { block_tokens } => (KIND_STATE, 0, block_tokens),
+            GroupKind::Unknown => (KIND_UNKNOWN, 0, 0),
+        };
+        OwnerRecord {
+            tier: self.tier as u8,
+            kind,
+            group: self.group.0,
+            window_tokens,
+            block_tokens,
+            medium: self.medium.clone(),
+        }
+    }
+
+    fn from_archived(record: &wire::ArchivedOwnerRecord) -> Result<Self, ParseFrameError> {
+        let unknown = |field, value: u32| ParseFrameError::Unknown { field, value };
+        let (window_tokens, block_tokens) =
+            (record.window_tokens.to_native(), record.block_tokens.to_native());
+        let kind = match record.kind {
+            KIND_FULL => GroupKind::Full,
+            KIND_SLIDING_WINDOW if window_tokens > 0 && block_tokens > 0 => {
+                GroupKind::SlidingWindow { window_tokens, block_tokens }
+            }
+            KIND_STATE if block_tokens > 0 => GroupKind::State { block_tokens },
+            KIND_SLIDING_WINDOW | KIND_STATE => {
+                return Err(ParseFrameError::Inconsistent("a window or state group without sizes"));
+            }
+            KIND_UNKNOWN => GroupKind::Unknown,
+            other => return Err(unknown("group kind", other.into())),
+        };
+        if record.medium.len() > MAX_MEDIUM_BYTES {
+            return Err(ParseFrameError::Inconsistent("a medium name is too long"));
+        }
+        Ok(Self {
+            tier: Tier::from_index(record.tier).ok_or_else(|| unknown("tier", record.tier.into()))?,
+            medium: record.medium.as_str().to_owned(),
+            group: CacheGroup(record.group.to_native()),
+            kind,
+        })
+    }
+}
+
+// === impl OpBuffer ===
+
+impl OpBuffer {
+    /// Nothing to say.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// Upper bound of the encoded operations, in bytes.
+    pub fn encoded_bytes(&self) -> usize {
+        self.ops.len() * size_of::<wire::ArchivedOpRecord>() + self.keys.len() * size_of::<u64>()
+    }
+
+    /// Forgets all operations and keeps the memory.
+    pub fn clear(&mut self) {
+        self.ops.clear();
+        self.keys.clear();
+    }
+
+    /// `owner` now holds `key`, which follows `parent`. Extends the last operation where it is the same run.
+    #[inline]
+    pub fn stored(&mut self, owner: u8, parent: BlockKey, key: BlockKey) {
+        match self.ops.last_mut() {
+            Some(op) if op.kind == OP_STORED && op.owner == owner && self.keys.last() == Some(&parent.0) => {
+                op.len += 1;
+            }
+            _ => self.ops.push(OpRecord { kind: OP_STORED, owner, len: 1, parent: parent.0 }),
+        }
+        self.keys.push(key.0);
+    }
+
+    /// `owner` no longer holds `key`.
+    #[inline]
+    pub fn removed(&mut self, owner: u8, key: BlockKey) {
+        match self.ops.last_mut() {
+            Some(op) if op.kind == OP_REMOVED && op.owner == owner => op.len += 1,
+            _ => self.ops.push(OpRecord { kind: OP_REMOVED, owner, len: 1, parent: 0 }),
+        }
+        self.keys.push(key.0);
+    }
+
+    /// `owner` holds nothing any more.
+    pub fn cleared(&mut self, owner: u8) {
+        self.ops.push(OpRecord { kind: OP_CLEARED, owner, len: 0, parent: 0 });
+    }
+}
+
+// === impl FrameHeader ===
+
+impl FrameHeader {
+    /// Encodes a frame with these operations; `ops` is left empty with its memory kept.
+    pub fn encode(&self, ops: &mut OpBuffer) -> Result<Vec<u8>, EncodeFrameError> {
+        if self.owners.len() > MAX_FRAME_OWNERS {
+            return Err(EncodeFrameError::TooManyOwners(self.owners.len()));
+        }
+        let body = wire::Body {
+            epoch: self.epoch.0,
+            seq: self.seq.0,
+            engine_time_ns: self.engine_time_ns,
+            rank: self.source.rank.0,
+            block_size: self.scope.block_size(),
+            key_version: self.scope.key_version(),
+            part: self.part as u8,
+            health: self.health as u8,
+            multimodal_offsets: u8::from(self.variant.multimodal_offsets),
+            lookahead_tokens: self.variant.lookahead_tokens,
+            model: self.scope.model().to_owned(),
+            tenant: self.scope.tenant().to_owned(),
+            instance: self.source.instance.as_str().to_owned(),
+            owners: self.owners.iter().map(FrameOwner::to_record).collect(),
+            ops: std::mem::take(&mut ops.ops),
+            keys: std::mem::take(&mut ops.keys),
+        };
+        let mut out = Vec::with_capacity(PREAMBLE_BYTES + 256 + body.ops.len() * 14 + body.keys.len() * 8);
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&FRAME_VERSION.to_le_bytes());
+        out.extend_from_slice(&[0; 10]);
+        let archived = rkyv::api::high::to_bytes_in::<_, rkyv::rancor::Error>(&body, out);
+        (ops.ops, ops.keys) = (body.ops, body.keys);
+        ops.clear();
+        let mut out = archived.map_err(EncodeFrameError::Archive)?;
+        if out.len() > MAX_FRAME_BYTES {
+            return Err(EncodeFrameError::TooLarge(out.len()));
+        }
+        let checksum = xxhash_rust::xxh3::xxh3_64(&out[PREAMBLE_BYTES..]);
+        out[8..16].copy_from_slice(&checksum.to_le_bytes());
+        Ok(out)
+    }
+}
+
+// === impl FrameView ===
+
+impl<'a> FrameView<'a> {
+    /// Checks everything about a received frame and gives access to it.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, ParseFrameError> {
+        if bytes.len() < PREAMBLE_BYTES || bytes.len() > MAX_FRAME_BYTES {
+            return Err(ParseFrameError::Size(bytes.len()));
+        }
+        if bytes[..4] != MAGIC {
+            return Err(ParseFrameError::Magic);
+        }
+        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
+        if version != FRAME_VERSION {
+            return Err(ParseFrameError::Version(version));
+        }
+        let body = &bytes[PREAMBLE_BYTES..];
+        let checksum = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
+        if xxhash_rust::xxh3::xxh3_64(body) != checksum {
+            return Err(ParseFrameError::Checksum);
+        }
+        let archived = rkyv::access::<wire::ArchivedBody, rkyv::rancor::Error>(body)
+            .map_err(ParseFrameError::Archive)?;
+        let header = parse_header(archived)?;
+        check_ops(archived, header.owners.len())?;
+        Ok(Self { header, archived })
+    }
+
+    /// Everything but the operations.
+    pub fn header(&self) -> &FrameHeader {
+        &self.header
+    }
+
+    /// The operations in order.
+    pub fn ops(&self) -> impl Iterator<Item = Op<'a>> + use<'a> {
+        let keys = self.archived.keys.as_slice();
+        let mut at = 0;
+        self.archived.ops.as_slice().iter().map(move |op| {
+            let run = Keys(&keys[at..at + op.len.to_native() as usize]);
+            at += run.len();
+            let change = match op.kind {
+                OP_STORED => Change::Stored { parent: BlockKey(op.parent.to_native()), keys: run },
+                OP_REMOVED => Change::Removed(run),
+                _ => Change::Cleared,
+            };
+            Op { owner: usize::from(op.owner), change }
+        })
+    }
+}
+
+fn parse_header(body: &wire::ArchivedBody) -> Result<FrameHeader, ParseFrameError> {
+    let unknown = |field, value: u8| ParseFrameError::Unknown { field, value: value.into() };
+    if body.owners.len() > MAX_FRAME_OWNERS {
+        return Err(ParseFrameError::Inconsistent("too many owners"));
+    }
+    Ok(FrameHeader {
+        scope: Scope::new(
+            body.model.as_str(),
+            body.tenant.as_str(),
+            body.block_size.to_native(),
+            body.key_version.to_native(),
+        )?,
+        source: SourceId {
+            instance: InstanceId::new(body.instance.as_str())?,
+            rank: DpRank(body.rank.to_native()),
+        },
+        variant: KeyVariant {
+            multimodal_offsets: body.multimodal_offsets != 0,
+            lookahead_tokens: body.lookahead_tokens,
+        },
+        epoch: Epoch(body.epoch.to_native()),
+        seq: FrameSeq(body.seq.to_native()),
+        part: FramePart::from_index(body.part).ok_or_else(|| unknown("part", body.part))?,
+        health: SourceHealth::ALL
+            .get(usize::from(body.health))
+            .copied()
+            .ok_or_else(|| unknown("health", body.health))?,
+        engine_time_ns: body.engine_time_ns.to_native(),
+        owners: body.owners.iter().map(FrameOwner::from_archived).collect::<Result<_, _>>()?,
+    })
+}
+
+/// After this check, [`FrameView::ops`] cannot go out of range.
+fn check_ops(body: &wire::ArchivedBody, owners: usize) -> Result<(), ParseFrameError> {
+    let mut keys = 0usize;
+    for op in body.ops.iter() {
+        let len = op.len.to_native() as usize;
+        if usize::from(op.owner) >= owners {
+            return Err(ParseFrameError::Inconsistent("an operation names no owner"));
+        }
+        match op.kind {
+            OP_STORED | OP_REMOVED if len > 0 => keys += len,
+            OP_CLEARED if len == 0 => {}
+            OP_STORED | OP_REMOVED | OP_CLEARED => {
+                return Err(ParseFrameError::Inconsistent("an operation has the wrong number of keys"));
+            }
+            other => {
+                return Err(ParseFrameError::Unknown { field: "operation", value: other.into() });
+            }
+        }
+    }
+    if keys != body.keys.len() {
+        return Err(ParseFrameError::Inconsistent("keys and operations do not add up"));
+    }
+    Ok(())
+}
+
+// === impl Keys ===
+
+impl<'a> Keys<'a> {
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// A validated frame has no empty runs, but a slice may.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The keys in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = BlockKey> + use<'a> {
+        self.0.iter().map(|key| BlockKey(key.to_native()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header(owners: usize) -> FrameHeader {
+        let owner = |i: usize| FrameOwner {
+            tier: Tier::ALL[i % 5],
+            medium: format!("MEDIUM{i}"),
+            group: CacheGroup(i as u16),
+            kind: match i % 4 {
+                0 => GroupKind::Full,
+                1 => GroupKind::SlidingWindow { window_tokens: 64, block_tokens: 16 },
+                2 => GroupKind::State { block_tokens: 64 },
+                _ => GroupKind::Unknown,
+            },
+        };
+        FrameHeader {
+            scope: Scope::new("meta-llama/Llama-3.1-8B", "", 16, 1).unwrap(),
+            source: SourceId { instance: InstanceId::new("10.0.0.7:8000").unwrap(), rank: DpRank(3) },
+            variant: KeyVariant::default(),
+            epoch: Epoch(1_795_168_931_869_788_000),
+            seq: FrameSeq(7),
+            part: FramePart::Live,
+            health: SourceHealth::Exact,
+            engine_time_ns: 5,
+            owners: (0..owners).map(owner).collect(),
+        }
+    }
+
+    /// (kind, owner, parent, keys), the readable form the tests compare.
+    type Plain = (u8, usize, u64, Vec<u64>);
+
+    fn plain(view: &FrameView<'_>) -> Vec<Plain> {
+        view.ops()
+            .map(|op| match op.change {
+                Change::Stored { parent, keys } => {
+                    (0, op.owner, parent.0, keys.iter().map(|k| k.0).collect())
+                }
+                Change::Removed(keys) => (1, op.owner, 0, keys.iter().map(|k| k.0).collect()),
+                Change::Cleared => (2, op.owner, 0, vec![]),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn consecutive_stores_of_one_chain_become_one_operation() {
+        let mut ops = OpBuffer::default();
+        ops.stored(0, BlockKey(1), BlockKey(2));
+        ops.stored(0, BlockKey(2), BlockKey(3));
+        ops.stored(1, BlockKey(3), BlockKey(4));
+        ops.removed(0, BlockKey(3));
+        ops.removed(0, BlockKey(2));
+        ops.cleared(1);
+        let bytes = header(2).encode(&mut ops).unwrap();
+        assert!(ops.is_empty());
+        let view = FrameView::parse(&bytes).unwrap();
+        assert_eq!(view.header(), &header(2));
+        assert_eq!(
+            plain(&view),
+            [(0, 0, 1, vec![2, 3]), (0, 1, 3, vec![4]), (1, 0, 0, vec![3, 2]), (2, 1, 0, vec![])]
+        );
+    }
+
+    #[test]
+    fn a_stored_block_of_a_run_costs_about_eight_bytes() {
+        let mut ops = OpBuffer::default();
+        for key in 0..10_000u64 {
+            ops.stored(0, BlockKey(key), BlockKey(key + 1));
+        }
+        let bytes = header(1).encode(&mut ops).unwrap();
+        assert!(bytes.len() < 10_000 * 8 + 300, "{}", bytes.len());
+    }
+
+    #[test]
+    fn frames_are_read_at_any_address() {
+        let mut ops = OpBuffer::default();
+        ops.stored(0, BlockKey(1), BlockKey(2));
+        let bytes = header(1).encode(&mut ops).unwrap();
+        for shift in 0..8 {
+            let mut shifted = vec![0; shift];
+            shifted.extend_from_slice(&bytes);
+            assert!(FrameView::parse(&shifted[shift..]).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_frame_of_another_version_says_so() {
+        let mut bytes = header(1).encode(&mut OpBuffer::default()).unwrap();
+        bytes[4] = 9;
+        assert!(matches!(FrameView::parse(&bytes), Err(ParseFrameError::Version(9))));
+    }
+
+    #[test]
+    fn operations_that_name_no_owner_are_refused() {
+        let mut ops = OpBuffer::default();
+        ops.stored(1, BlockKey(1), BlockKey(2));
+        let bytes = header(1).encode(&mut ops).unwrap();
+        assert!(matches!(FrameView::parse(&bytes), Err(ParseFrameError::Inconsistent(_))));
+    }
+
+    #[test]
+    fn an_oversized_frame_is_an_error_of_the_sender() {
+        let mut ops = OpBuffer::default();
+        for key in 0..(MAX_FRAME_BYTES as u64 / 8) {
+            ops.removed(0, BlockKey(key));
+        }
+        assert!(matches!(header(1).encode(&mut ops), Err(EncodeFrameError::TooLarge(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn frames_round_trip(
+            script in proptest::collection::vec((0u8..3, 0u8..4, 0u64..6, 1u64..6), 0..60),
+        ) {
+            let mut ops = OpBuffer::default();
+            let mut expected: Vec<Plain> = Vec::new();
+            for (kind, owner, parent, key) in script {
+                let (owner_index, last) = (usize::from(owner), expected.last_mut());
+                match kind {
+                    0 => {
+                        ops.stored(owner, BlockKey(parent), BlockKey(key));
+                        match last {
+                            Some(l) if l.0 == 0 && l.1 == owner_index && l.3.last() == Some(&parent) => l.3.push(key),
+                            _ => expected.push((0, owner_index, parent, vec![key])),
+                        }
+                    }
+                    1 => {
+                        ops.removed(owner, BlockKey(key));
+                        match last {
+                            Some(l) if l.0 == 1 && l.1 == owner_index => l.3.push(key),
+                            _ => expected.push((1, owner_index, 0, vec![key])),
+                        }
+                    }
+                    _ => {
+                        ops.cleared(owner);
+                        expected.push((2, owner_index, 0, vec![]));
+                    }
+                }
+            }
+            let bytes = header(4).encode(&mut ops).unwrap();
+            let view = FrameView::parse(&bytes).unwrap();
+            prop_assert_eq!(plain(&view), expected);
+        }
+
+        #[test]
+        fn damaged_frames_are_refused_without_panic(at in any::<proptest::sample::Index>(), bit in 0u8..8) {
+            let mut ops = OpBuffer::default();
+            ops.stored(0, BlockKey(1), BlockKey(2));
+            let mut bytes = header(2).encode(&mut ops).unwrap();
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            // The reserved bytes are the only ones a reader ignores.
+            prop_assert_eq!(FrameView::parse(&bytes).is_ok(), (6..8).contains(&at));
+        }
+
+        #[test]
+        fn any_bytes_behind_a_correct_preamble_are_refused_without_panic(
+            body in proptest::collection::vec(any::<u8>(), 0..400),
+        ) {
+            let mut bytes = Vec::from(MAGIC);
+            bytes.extend_from_slice(&FRAME_VERSION.to_le_bytes());
+            bytes.extend_from_slice(&[0, 0]);
+            bytes.extend_from_slice(&xxhash_rust::xxh3::xxh3_64(&body).to_le_bytes());
+            bytes.extend_from_slice(&body);
+            let _ = FrameView::parse(&bytes);
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Every NATS subject of kvatlas, built and parsed in one place.
+//!
+//! ```text
+//! PREFIX.v1.ev.SCOPE.SHARD.INSTANCE.RANK     event frames of one source
+//! PREFIX.v1.ctl.INSTANCE.RANK                requests to the publisher of one source
+//! ```
+//!
+//! `PREFIX` is the deployment's name (default `kvatlas`), `SCOPE` the scope token (16 hex digits), `SHARD` the virtual
+//! shard (`all` while a scope is not partitioned), `INSTANCE` the instance name with every byte outside
+//! `[A-Za-z0-9_-]` written as `=XX`. A subscription to [`Subjects::all_events`] therefore sees every event, and an
+//! operator can put a JetStream stream over it for audit or replay without a change here.
+
+use std::fmt::{self, Write as _};
+
+use crate::ids::{DpRank, InstanceId, SourceId};
+use crate::scope::ScopeToken;
+
+/// Subject prefix of a deployment that names none.
+pub const DEFAULT_PREFIX: &str = "kvatlas";
+/// Version of the subject layout.
+const VERSION: &str = "v1";
+
+/// Builds and parses the subjects of one deployment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subjects {
+    prefix: String,
+}
+
+/// The prefix cannot be a NATS subject.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("subject prefix {0:?} is not usable: give 1 to 64 of A-Z a-z 0-9 _ - separated by single dots")]
+pub struct InvalidPrefixError(String);
+
+/// The subject is not one of ours.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("subject {0:?} is not a kvatlas subject of this deployment")]
+pub struct UnknownSubjectError(String);
+
+/// A parsed subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// Event frames of one source.
+    Events {
+        /// Which key space.
+        scope: ScopeToken,
+        /// Which part of it.
+        shard: Shard,
+        /// Who publishes.
+        source: SourceId,
+    },
+    /// A request to one source's publisher.
+    Control {
+        /// Who is asked.
+        source: SourceId,
+    },
+}
+
+/// A part of a scope's key space, as subjects name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Shard {
+    /// The whole key space: the scope is not partitioned.
+    All,
+    /// One virtual shard.
+    Virtual(u16),
+}
+
+// === impl Subjects ===
+
+impl Default for Subjects {
+    fn default() -> Self {
+        Self { prefix: DEFAULT_PREFIX.to_owned() }
+    }
+}
+
+impl Subjects {
+    /// Accepts dot-separated words of `[A-Za-z0-9_-]`, at most 64 bytes.
+    pub fn new(prefix: impl Into<String>) -> Result<Self, InvalidPrefixError> {
+        let prefix = prefix.into();
+        let word = |w: &str| !w.is_empty() && w.bytes().all(is_plain);
+        if prefix.is_empty() || prefix.len() > 64 || !prefix.split('.').all(word) {
+            return Err(InvalidPrefixError(prefix));
+        }
+        Ok(Self { prefix })
+    }
+
+    /// Where `source` publishes its frames of `shard` of `scope`.
+    pub fn events(&self, scope: ScopeToken, shard: Shard, source: &SourceId) -> String {
+        format!("{}.{VERSION}.ev.{scope}.{shard}.{}", self.prefix, source_token(source))
+    }
+
+    /// Matches the events of every scope, shard and source.
+    pub fn all_events(&self) -> String {
+        format!("{}.{VERSION}.ev.>", self.prefix)
+    }
+
+    /// Where the publisher of `source` listens for requests.
+    pub fn control(&self, source: &SourceId) -> String {
+        format!("{}.{VERSION}.ctl.{}", self.prefix, source_token(source))
+    }
+
+    /// The inverse of [`Self::events`] and [`Self::control`].
+    pub fn parse(&self, subject: &str) -> Result<Subject, UnknownSubjectError> {
+        self.parse_inner(subject).ok_or_else(|| UnknownSubjectError(subject.to_owned()))
+    }
+
+    fn parse_inner(&self, subject: &str) -> Option<Subject> {
+        let rest = subject.strip_prefix(&self.prefix)?.strip_prefix('.')?;
+        let words: Vec<&str> = rest.split('.').collect();
+        match words.as_slice() {
+            [VERSION, "ev", scope, shard, instance, rank] => Some(Subject::Events {
+                scope: ScopeToken(parse_hex16(scope)?),
+                shard: Shard::parse(shard)?,
+                source: parse_source(instance, rank)?,
+            }),
+            [VERSION, "ctl", instance, rank] => {
+                Some(Subject::Control { source: parse_source(instance, rank)? })
+            }
+            _ => None,
+        }
+    }
+}
+
+// === impl Shard ===
+
+impl Shard {
+    fn parse(word: &str) -> Option<Self> {
+        if word == "all" {
+            return Some(Self::All);
+        }
+        Some(Self::Virtual(parse_decimal(word)?))
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Virtual(number) => number.fmt(f),
+        }
+    }
+}
+
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-'
+}
+
+fn source_token(source: &SourceId) -> String {
+    let mut out = String::with_capacity(source.instance.as_str().len() + 8);
+    for byte in source.instance.as_str().bytes() {
+        if is_plain(byte) {
+            out.push(char::from(byte));
+        } else {
+            write!(out, "={byte:02X}").expect("writing to a string");
+        }
+    }
+    write!(out, ".{}", source.rank).expect("writing to a string");
+    out
+}
+
+fn parse_source(instance: &str, rank: &str) -> Option<SourceId> {
+    let mut name = Vec::with_capacity(instance.len());
+    let mut bytes = instance.bytes();
+    while let Some(byte) = bytes.next() {
+        name.push(match byte {
+            b'=' => {
+                let (high, low) = (upper_hex(bytes.next()?)?, upper_hex(bytes.next()?)?);
+                let value = (high << 4) | low;
+                // One spelling per name: an escaped plain byte would be a second one.
+                (!is_plain(value)).then_some(value)?
+            }
+            plain if is_plain(plain) => plain,
+            _ => return None,
+        });
+    }
+    let instance = InstanceId::new(String::from_utf8(name).ok()?).ok()?;
+    Some(SourceId { instance, rank: DpRank(parse_decimal(rank)?) })
+}
+
+fn upper_hex(byte: u8) -> Option<u8> {
+    match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'A'..=b'F' => Some(byte - b'A' + 10),
+        _ => None,
+    }
+}
+
+fn parse_hex16(word: &str) -> Option<u64> {
+    let lower = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    (word.len() == 16 && word.bytes().all(lower)).then(|| u64::from_str_radix(word, 16).ok())?
+}
+
+/// Decimal without leading zeros or sign, so that each number has one spelling.
+fn parse_decimal<T: std::str::FromStr + ToString>(word: &str) -> Option<T> {
+    let value: T = word.parse().ok()?;
+    (value.to_string() == word).then_some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn source(name: &str, rank: u32) -> SourceId {
+        SourceId { instance: InstanceId::new(name).unwrap(), rank: DpRank(rank) }
+    }
+
+    #[test]
+    fn events_subject_is_what_the_documentation_shows() {
+        let subject = Subjects::default().events(ScopeToken(0xab), Shard::All, &source("10.0.0.7:8000", 2));
+        assert_eq!(subject, "kvatlas.v1.ev.00000000000000ab.all.10=2E0=2E0=2E7=3A8000.2");
+    }
+
+    #[test]
+    fn foreign_subjects_are_refused() {
+        let subjects = Subjects::default();
+        for bad in [
+            "",
+            "kvatlas",
+            "kvatlas.v2.ctl.a.0",
+            "other.v1.ctl.a.0",
+            "kvatlas.v1.ctl.a.01",
+            "kvatlas.v1.ctl.=41.0",
+            "kvatlas.v1.ctl.=2e.0",
+            "kvatlas.v1.ev.AB.all.a.0",
+        ] {
+            assert!(subjects.parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn prefixes_with_wildcards_or_empty_words_are_refused() {
+        for bad in ["", "a..b", "a.*", ">", "a b", "."] {
+            assert!(Subjects::new(bad).is_err(), "{bad}");
+        }
+        assert!(Subjects::new("prod.kv-1").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn subjects_round_trip(
+            name in "[!-~]{1,40}", rank in any::<u32>(), token in any::<u64>(), shard in any::<Option<u16>>(),
+        ) {
+            let subjects = Subjects::new("prod.kv").unwrap();
+            let source = source(&name, rank);
+            let shard = shard.map_or(Shard::All, Shard::Virtual);
+            let events = subjects.events(ScopeToken(token), shard, &source);
+            let control = subjects.control(&source);
+            prop_assert_eq!(
+                subjects.parse(&events),
+                Ok(Subject::Events { scope: ScopeToken(token), shard, source: source.clone() })
+            );
+            prop_assert_eq!(subjects.parse(&control), Ok(Subject::Control { source }));
+        }
+    }
+}
