@@ -645,13 +645,10 @@ fn classify_medium(medium: &str, remote: bool) -> (Tier, String) {
     }
     let tier = match name.as_str() {
         "GPU" => Tier::Gpu,
-        "EXTERNAL" | "REMOTE" => Tier::Remote,
-        "CPU" | "CPU_PINNED" | "STORAGE" | "DISK" | "SSD" | "FS" | "OBJ" | "SHARED_STORAGE" if remote => {
-            Tier::Remote
-        }
-        "CPU" | "CPU_PINNED" => Tier::Cpu,
-        "STORAGE" | "DISK" | "SSD" | "FS" => Tier::Ssd,
-        "OBJ" | "SHARED_STORAGE" => Tier::Remote,
+        "CPU" | "CPU_PINNED" if !remote => Tier::Cpu,
+        "STORAGE" | "DISK" | "SSD" | "FS" if !remote => Tier::Ssd,
+        "CPU" | "CPU_PINNED" | "STORAGE" | "DISK" | "SSD" | "FS" | "OBJ" | "SHARED_STORAGE" | "EXTERNAL"
+        | "REMOTE" => Tier::Remote,
         _ => Tier::Unknown,
     };
     (tier, name)
