@@ -343,6 +343,40 @@ impl OpBuffer {
         self.keys.clear();
     }
 
+    /// Takes operations off the front, in order, of at most about `max_bytes` (at least one key). A long run is cut.
+    #[must_use]
+    pub fn take_chunk(&mut self, max_bytes: usize) -> Self {
+        if self.encoded_bytes() <= max_bytes {
+            return std::mem::take(self);
+        }
+        let (mut ops, mut keys, mut bytes) = (0, 0, 0);
+        let mut rest = None;
+        while ops < self.ops.len() {
+            let op = &mut self.ops[ops];
+            bytes += size_of::<wire::ArchivedOpRecord>();
+            let room = (max_bytes.saturating_sub(bytes) / size_of::<u64>()).max(usize::from(keys == 0));
+            if room < op.len as usize {
+                if room > 0 {
+                    // The second part of a cut run follows the last key of the first.
+                    let parent = if op.kind == OP_STORED { self.keys[keys + room - 1] } else { 0 };
+                    rest = Some(OpRecord { len: op.len - room as u32, parent, ..*op });
+                    op.len = room as u32;
+                    keys += room;
+                    ops += 1;
+                }
+                break;
+            }
+            keys += op.len as usize;
+            bytes += op.len as usize * size_of::<u64>();
+            ops += 1;
+        }
+        let tail = Self {
+            ops: rest.into_iter().chain(self.ops.drain(ops..)).collect(),
+            keys: self.keys.split_off(keys),
+        };
+        std::mem::replace(self, tail)
+    }
+
     /// `owner` now holds `key`, which follows `parent`. Extends the last operation where it is the same run.
     #[inline]
     pub fn stored(&mut self, owner: u8, parent: BlockKey, key: BlockKey) {
@@ -612,6 +646,39 @@ mod tests {
         }
         let bytes = header(1).encode(&mut ops).unwrap();
         assert!(bytes.len() < 10_000 * 8 + 300, "{}", bytes.len());
+    }
+
+    #[test]
+    fn chunks_add_up_to_the_whole_in_order() {
+        let mut ops = OpBuffer::default();
+        for key in 0..1_000u64 {
+            ops.stored(0, BlockKey(key), BlockKey(key + 1));
+        }
+        ops.cleared(1);
+        (0..500).for_each(|key| ops.removed(1, BlockKey(key)));
+        ops.stored(1, BlockKey(7), BlockKey(8));
+        for max_bytes in [1, 40, 1_000, 1 << 20] {
+            let (mut all, mut whole) = (Vec::new(), ops.clone());
+            while !whole.is_empty() {
+                let mut chunk = whole.take_chunk(max_bytes);
+                let bytes = header(2).encode(&mut chunk).unwrap();
+                assert!(bytes.len() < max_bytes + 400);
+                all.extend(plain(&FrameView::parse(&bytes).unwrap()));
+            }
+            let mut stored = all.iter().filter(|op| op.0 == 0 && op.1 == 0);
+            let mut next = 0;
+            assert!(stored.all(|op| {
+                let follows = op.2 == next && op.3[0] == next + 1;
+                next = *op.3.last().unwrap();
+                follows
+            }));
+            assert_eq!(next, 1_000);
+            assert_eq!(
+                all.iter().filter(|op| op.0 == 1).flat_map(|op| op.3.clone()).collect::<Vec<_>>(),
+                (0..500).collect::<Vec<_>>()
+            );
+            assert_eq!(all.last().unwrap(), &(0, 1, 7, vec![8]));
+        }
     }
 
     #[test]

@@ -121,6 +121,13 @@ impl std::fmt::Debug for KeySeed {
     }
 }
 
+/// Never prints constants that would give the seed away.
+impl std::fmt::Debug for KeyHasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KeyHasher({:?})", KeySeed(self.seed))
+    }
+}
+
 // === impl KeyVariant ===
 
 impl Default for KeyVariant {

@@ -1,0 +1,146 @@
+//! The shim's metrics, read from each source's [`Progress`] when somebody scrapes.
+
+use std::borrow::Cow;
+
+use kvatlas_proto::frame::SourceHealth;
+use parking_lot::Mutex;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use tokio::sync::watch;
+
+use crate::shim::Progress;
+
+/// Exposes the sources of one process.
+#[derive(Debug)]
+pub struct ShimCollector {
+    sources: Mutex<Vec<watch::Receiver<Progress>>>,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
+struct SourceLabels {
+    model: String,
+    instance: String,
+    rank: u32,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
+struct ReasonLabels {
+    model: String,
+    instance: String,
+    rank: u32,
+    reason: Cow<'static, str>,
+}
+
+type Read = fn(&Progress) -> u64;
+
+/// Name, help and value of every counter with one value per source.
+const COUNTERS: [(&str, &str, Read); 17] = [
+    ("kvatlas_shim_messages", "Engine messages applied", |p| p.counts.messages),
+    (
+        "kvatlas_shim_duplicate_messages",
+        "Engine messages dropped because they had been applied before",
+        |p| p.counts.duplicates,
+    ),
+    ("kvatlas_shim_overflow_messages", "Engine messages dropped because the intake queue was full", |p| {
+        p.overflow
+    }),
+    ("kvatlas_shim_unknown_events", "Engine events of a kind that is not known", |p| p.counts.unknown_events),
+    ("kvatlas_shim_gaps", "Gaps seen in the engine's sequence", |p| p.counts.gaps),
+    ("kvatlas_shim_losses", "Gaps that could not be filled; the source started over", |p| p.counts.losses),
+    ("kvatlas_shim_engine_restarts", "Engine restarts noticed", |p| p.counts.restarts),
+    ("kvatlas_shim_replays", "Replays asked for from the engine", |p| p.replays.0),
+    ("kvatlas_shim_unanswered_replays", "Replays that the engine did not answer", |p| p.replays.1),
+    ("kvatlas_shim_stored_blocks", "Blocks that the engine stored, copies counted", |p| p.mirror.stored),
+    ("kvatlas_shim_removed_blocks", "Blocks that the engine removed, copies counted", |p| p.mirror.removed),
+    ("kvatlas_shim_unknown_removals", "Removals of a block that was not held there", |p| {
+        p.mirror.unknown_removals
+    }),
+    ("kvatlas_shim_orphan_blocks", "Blocks that had to wait for their parent or tokens", |p| {
+        p.mirror.unresolved
+    }),
+    ("kvatlas_shim_linked_blocks", "Blocks that waited and were then linked", |p| p.mirror.linked),
+    ("kvatlas_shim_frames", "Frames published", |p| p.frames),
+    ("kvatlas_shim_frame_bytes", "Bytes published", |p| p.frame_bytes),
+    ("kvatlas_shim_publish_failures", "Frames that the bus refused", |p| p.publish_failures),
+];
+
+/// Name, help and value of every gauge with one value per source.
+const GAUGES: [(&str, &str, Read); 3] = [
+    ("kvatlas_shim_connected", "1 while the engine's event socket is connected", |p| {
+        u64::from(p.connection.up)
+    }),
+    ("kvatlas_shim_blocks", "Blocks the source holds, over all tiers and groups", |p| p.blocks),
+    ("kvatlas_shim_exact", "1 while every event since the engine's start or reset was seen", |p| {
+        u64::from(p.health == SourceHealth::Exact)
+    }),
+];
+
+/// Reasons for which blocks or messages do not count, beside undecodable messages.
+const DROPS: [(&str, Read); 5] = [
+    ("frame_shape", |p| p.bad_frames),
+    ("over_limit", |p| p.mirror.over_limit),
+    ("block_size_mismatch", |p| p.mirror.block_size_mismatch),
+    ("unknown_medium", |p| p.mirror.unknown_medium),
+    ("unknown_group", |p| p.mirror.unknown_group),
+];
+
+// === impl ShimCollector ===
+
+impl ShimCollector {
+    /// Exposes these sources.
+    pub fn new(sources: Vec<watch::Receiver<Progress>>) -> Self {
+        Self { sources: Mutex::new(sources) }
+    }
+}
+
+impl Collector for ShimCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let sources: Vec<Progress> =
+            self.sources.lock().iter().map(|source| source.borrow().clone()).collect();
+        for (name, help, read) in COUNTERS {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for source in &sources {
+                ConstCounter::new(read(source)).encode(metric.encode_family(&SourceLabels::of(source))?)?;
+            }
+        }
+        for (name, help, read) in GAUGES {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for source in &sources {
+                ConstGauge::new(read(source)).encode(metric.encode_family(&SourceLabels::of(source))?)?;
+            }
+        }
+        let help = "Messages or blocks that were dropped or do not count, by reason";
+        let mut metric = encoder.encode_descriptor("kvatlas_shim_drops", help, None, MetricType::Counter)?;
+        for source in &sources {
+            let fixed = DROPS.iter().map(|(reason, read)| (*reason, read(source)));
+            for (reason, count) in fixed.chain(source.counts.undecodable.iter().copied()) {
+                ConstCounter::new(count).encode(metric.encode_family(&ReasonLabels::of(source, reason))?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+// === impl SourceLabels ===
+
+impl SourceLabels {
+    fn of(progress: &Progress) -> Self {
+        Self {
+            model: progress.model.clone(),
+            instance: progress.source.instance.to_string(),
+            rank: progress.source.rank.0,
+        }
+    }
+}
+
+// === impl ReasonLabels ===
+
+impl ReasonLabels {
+    fn of(progress: &Progress, reason: &'static str) -> Self {
+        let SourceLabels { model, instance, rank } = SourceLabels::of(progress);
+        Self { model, instance, rank, reason: Cow::Borrowed(reason) }
+    }
+}

@@ -1,0 +1,682 @@
+//! The mirror: what one engine rank holds, as its own events say.
+//!
+//! It translates engine hashes into block keys, counts copies, and says each change of what is *visible* (held at
+//! least once and with a known key) as an operation for the bus. Rules, with their reasons:
+//!
+//! * **Copies are counted** per (medium, cache group, engine hash): an engine stores the same hash once per physical
+//!   block. A key is visible in a place from its first copy to its last.
+//! * **Engine hashes are opaque.** A key comes from the parent's key, the block's tokens and its extra keys. A hash
+//!   that is known keeps its key, whatever a later event claims: offload events lack the extra keys.
+//! * **Tokens count only where they line up** with the hashes, and only in full-attention groups: window and state
+//!   groups publish the tokens of the whole step beside the few hashes they retain. Those join by hash.
+//! * **A block without a key is kept, not guessed**: it waits, bounded, for its parent or its tokens, and becomes
+//!   visible when they arrive. Until then it under-reports.
+//! * **A removed hash is remembered for a while** (a *ghost*): a child may still be stored under it, and an offload
+//!   tier may announce it without tokens.
+//!
+//! Pure: no clock, no socket. Deliberately absent: sequences and epochs (see [`crate::source`]).
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+
+use foldhash::fast::FixedState;
+use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
+use kvatlas_proto::frame::{FrameOwner, MAX_FRAME_OWNERS, OpBuffer};
+use kvatlas_proto::ids::MAX_MEDIUM_BYTES;
+use kvatlas_proto::keys::{KeyVariant, LocalHash};
+use kvatlas_proto::scope::MAX_BLOCK_SIZE;
+use kvatlas_proto::{BlockKey, CacheGroup, ExtraKey, GroupKind, KeyHasher, Tier};
+use smallvec::SmallVec;
+
+use crate::event::{Batch, EngineHash, Event, ExtraValue, Removed, Stored};
+
+/// Bounds of one mirror.
+#[derive(Clone, Copy, Debug)]
+pub struct MirrorLimits {
+    /// Most hashes tracked at once, ghosts included. An engine with more loses the excess, visibly.
+    pub hashes: usize,
+    /// Most hashes whose key is not known yet.
+    pub unresolved: usize,
+    /// Most ghosts.
+    pub ghosts: usize,
+}
+
+/// What a removal says about copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RemovalPolicy {
+    /// One removal takes one copy away (every vLLM up to 0.33).
+    #[default]
+    PerCopy,
+    /// A removal is sent once, when the last copy goes (also right for engines that announce reused blocks again).
+    LastCopy,
+}
+
+/// What happened to events that could not be applied in full. Counters since the mirror was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MirrorCounts {
+    /// Stored hashes.
+    pub stored: u64,
+    /// Removed hashes.
+    pub removed: u64,
+    /// Resets.
+    pub cleared: u64,
+    /// Removals of a hash that was not held there; they change nothing.
+    pub unknown_removals: u64,
+    /// Hashes that had to wait for their key.
+    pub unresolved: u64,
+    /// Hashes that waited and got their key.
+    pub linked: u64,
+    /// Hashes not tracked because a bound was reached.
+    pub over_limit: u64,
+    /// Stored events whose block size is not the scope's.
+    pub block_size_mismatch: u64,
+    /// Stored events of a medium that is not known; kept by name, scored 0.
+    pub unknown_medium: u64,
+    /// Stored events of a cache group whose kind is not known; they do not count as held.
+    pub unknown_group: u64,
+}
+
+/// What one engine rank holds.
+pub struct Mirror {
+    hasher: KeyHasher,
+    limits: MirrorLimits,
+    removal: RemovalPolicy,
+    block_size: Option<u32>,
+    lookahead_tokens: u8,
+    places: Vec<Place>,
+    hashes: HashMap<EngineHash, HashEntry, FixedState>,
+    keys: HashMap<BlockKey, KeyEntry, FixedState>,
+    /// Why a hash has no key yet, where its tokens are known: its parent has none either.
+    waiting: HashMap<EngineHash, Waiting, FixedState>,
+    /// Parent hash -> hashes in `waiting` that need it.
+    waiters: HashMap<EngineHash, SmallVec<[EngineHash; 2]>, FixedState>,
+    unresolved: usize,
+    ghosts: VecDeque<(EngineHash, u32)>,
+    next_stamp: u32,
+    counts: MirrorCounts,
+}
+
+/// A medium and cache group: one owner of the source.
+struct Place {
+    owner: FrameOwner,
+    remote: bool,
+    /// Visible keys.
+    visible: u64,
+}
+
+struct HashEntry {
+    /// `None` while unresolved.
+    link: Option<Link>,
+    copies: Counts,
+    /// Names this entry's latest turn in the ghost queue; 0 while held.
+    ghost_stamp: u32,
+}
+
+/// Where a hash's block lies in its chain.
+#[derive(Clone, Copy)]
+struct Link {
+    key: BlockKey,
+    parent: BlockKey,
+}
+
+struct KeyEntry {
+    parent: BlockKey,
+    /// Engine hashes of this key that are held, per place. Nearly always one.
+    holders: Counts,
+}
+
+struct Waiting {
+    parent: EngineHash,
+    local: LocalHash,
+}
+
+/// Small counters by place.
+#[derive(Default)]
+struct Counts(SmallVec<[(u8, u32); 2]>);
+
+// === impl MirrorLimits ===
+
+impl Default for MirrorLimits {
+    /// 16 Mi hashes are 268 million tokens at 16 tokens a block: an order above any single engine today.
+    fn default() -> Self {
+        Self { hashes: 16 << 20, unresolved: 65_536, ghosts: 131_072 }
+    }
+}
+
+// === impl Counts ===
+
+impl Counts {
+    fn get(&self, place: u8) -> u32 {
+        self.0.iter().find(|(p, _)| *p == place).map_or(0, |(_, n)| *n)
+    }
+
+    /// Adds one and says whether it is the first.
+    fn add(&mut self, place: u8) -> bool {
+        if let Some((_, n)) = self.0.iter_mut().find(|(p, _)| *p == place) {
+            *n = n.saturating_add(1);
+            return false;
+        }
+        self.0.push((place, 1));
+        true
+    }
+
+    /// Takes one (or all) away and says whether it was the last. Must be held.
+    fn take(&mut self, place: u8, all: bool) -> bool {
+        let at =
+            self.0.iter().position(|(p, _)| *p == place).expect("the caller checked that a copy is there");
+        if all || self.0[at].1 == 1 {
+            self.0.swap_remove(at);
+            return true;
+        }
+        self.0[at].1 -= 1;
+        false
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn places(&self) -> SmallVec<[u8; 4]> {
+        self.0.iter().map(|(place, _)| *place).collect()
+    }
+}
+
+// === impl Mirror ===
+
+impl Mirror {
+    /// An empty mirror. `block_size` fixes the scope's block size; `None` takes the first one that the engine says.
+    pub fn new(
+        hasher: KeyHasher,
+        limits: MirrorLimits,
+        removal: RemovalPolicy,
+        block_size: Option<u32>,
+    ) -> Self {
+        Self {
+            hasher,
+            limits,
+            removal,
+            block_size,
+            lookahead_tokens: 0,
+            places: Vec::new(),
+            hashes: HashMap::default(),
+            keys: HashMap::default(),
+            waiting: HashMap::default(),
+            waiters: HashMap::default(),
+            unresolved: 0,
+            ghosts: VecDeque::new(),
+            next_stamp: 1,
+            counts: MirrorCounts::default(),
+        }
+    }
+
+    /// Tokens per block, once known.
+    pub fn block_size(&self) -> Option<u32> {
+        self.block_size
+    }
+
+    /// How this engine shapes its keys, as far as it has shown.
+    pub fn variant(&self) -> KeyVariant {
+        KeyVariant { lookahead_tokens: self.lookahead_tokens, ..KeyVariant::default() }
+    }
+
+    /// The owners, by the numbers that operations use.
+    pub fn owners(&self) -> Vec<FrameOwner> {
+        self.places.iter().map(|place| place.owner.clone()).collect()
+    }
+
+    /// Visible blocks over all owners.
+    pub fn visible_blocks(&self) -> u64 {
+        self.places.iter().map(|place| place.visible).sum()
+    }
+
+    /// Hashes whose key is not known yet.
+    pub fn unresolved_hashes(&self) -> usize {
+        self.unresolved
+    }
+
+    /// Counters since the mirror was made.
+    pub fn counts(&self) -> MirrorCounts {
+        self.counts
+    }
+
+    /// Applies a decoded message and appends what became visible or invisible to `ops`.
+    pub fn apply(&mut self, batch: &Batch, ops: &mut OpBuffer) {
+        for event in &batch.events {
+            match event {
+                Event::Stored(stored) => self.store(batch, stored, ops),
+                Event::Removed(removed) => self.remove(batch, removed, ops),
+                Event::Cleared => self.clear(ops),
+            }
+        }
+    }
+
+    /// The engine's cache is empty. Hashes stay known as ghosts: the same ones usually come back.
+    ///
+    /// The event carries no medium, so every tier is cleared: after a reset of the GPU alone this under-reports
+    /// the others, which is the safe side.
+    pub fn clear(&mut self, ops: &mut OpBuffer) {
+        self.counts.cleared += 1;
+        for (number, place) in self.places.iter_mut().enumerate() {
+            if place.visible > 0 {
+                ops.cleared(number as u8);
+                place.visible = 0;
+            }
+        }
+        self.keys.clear();
+        // A hash whose tokens nobody ever said, or whose parent is not known, carries no knowledge once it is gone.
+        self.hashes.retain(|_, entry| entry.link.is_some());
+        self.unresolved = 0;
+        self.waiting.clear();
+        self.waiters.clear();
+        let mut held = Vec::new();
+        for (hash, entry) in &mut self.hashes {
+            if entry.ghost_stamp == 0 {
+                entry.copies = Counts::default();
+                held.push(*hash);
+            }
+        }
+        for hash in held {
+            self.bury(hash);
+        }
+    }
+
+    /// Forgets everything, also what hashes mean: another engine life.
+    pub fn reset(&mut self) {
+        *self = Self {
+            counts: self.counts,
+            ..Self::new(self.hasher, self.limits, self.removal, self.block_size)
+        };
+    }
+
+    /// Says the whole visible state, parents before children, in buffers of at most about `max_bytes`.
+    pub fn snapshot(&self, max_bytes: usize, mut emit: impl FnMut(&mut OpBuffer)) {
+        let mut ops = OpBuffer::default();
+        let order = self.chain_order();
+        for number in 0..self.places.len() {
+            let number = number as u8;
+            for &(parent, key) in &order {
+                if self.keys[&key].holders.get(number) > 0 {
+                    ops.stored(number, parent, key);
+                    if ops.encoded_bytes() >= max_bytes {
+                        emit(&mut ops);
+                        ops.clear();
+                    }
+                }
+            }
+        }
+        if !ops.is_empty() {
+            emit(&mut ops);
+        }
+    }
+
+    /// Visible keys with their parents, so that chains are consecutive.
+    fn chain_order(&self) -> Vec<(BlockKey, BlockKey)> {
+        let mut children: HashMap<BlockKey, SmallVec<[BlockKey; 1]>, FixedState> = HashMap::default();
+        let mut stack = Vec::new();
+        for (key, entry) in &self.keys {
+            if self.keys.contains_key(&entry.parent) {
+                children.entry(entry.parent).or_default().push(*key);
+            } else {
+                stack.push(*key);
+            }
+        }
+        let mut order = Vec::with_capacity(self.keys.len());
+        while let Some(key) = stack.pop() {
+            order.push((self.keys[&key].parent, key));
+            stack.extend(children.get(&key).into_iter().flatten());
+        }
+        order
+    }
+
+    fn store(&mut self, batch: &Batch, event: &Stored, ops: &mut OpBuffer) {
+        let hashes = batch.hashes(&event.hashes);
+        self.counts.stored += hashes.len() as u64;
+        let Some(place) = self.place(batch.text(&event.medium), event.remote, event.group) else {
+            self.counts.over_limit += hashes.len() as u64;
+            return;
+        };
+        self.learn_kind(batch, event, place);
+        let positional = self.is_positional(batch, event, place);
+        let mut parent_hash = event.parent;
+        let mut parent_key = match event.parent {
+            None => Some(self.hasher.root()),
+            Some(hash) => self.hashes.get(&hash).and_then(|entry| entry.link).map(|link| link.key),
+        };
+        let lora = unlisted_lora(batch, event);
+        let mut extras = batch.extras(event.extras.as_ref().unwrap_or(&(0..0))).iter().peekable();
+        for (index, &hash) in hashes.iter().enumerate() {
+            let mut keys: SmallVec<[ExtraKey<'_>; 4]> =
+                lora.iter().map(|name| ExtraKey::Lora(name)).collect();
+            while let Some(extra) = extras.next_if(|extra| extra.block as usize <= index) {
+                keys.push(extra_key(batch, event, &extra.value));
+            }
+            let mut link = self.hashes.get(&hash).and_then(|entry| entry.link);
+            if link.is_none() && positional {
+                let size = event.block_size as usize;
+                let lookahead = event.lookahead_of(batch, index);
+                if !lookahead.is_empty() {
+                    keys.push(ExtraKey::Lookahead(lookahead));
+                }
+                let local = self.hasher.local(&batch.tokens(&event.tokens)[index * size..][..size], &keys);
+                link = self.derive(hash, parent_hash, parent_key, local);
+            }
+            self.add_copy(hash, link, place, ops);
+            parent_hash = Some(hash);
+            parent_key = link.map(|link| link.key);
+        }
+    }
+
+    /// Whether the event's tokens say which blocks its hashes are.
+    fn is_positional(&mut self, batch: &Batch, event: &Stored, place: u8) -> bool {
+        let hashes = event.hashes.len();
+        let size = event.block_size;
+        if size == 0 || size > MAX_BLOCK_SIZE || event.tokens.len() != hashes * size as usize || hashes == 0 {
+            return false;
+        }
+        let owner = &self.places[usize::from(place)].owner;
+        if owner.kind != GroupKind::Full {
+            return false;
+        }
+        // An offload event without extra keys may be of a salted or multimodal block: join it by hash instead. Only a
+        // stream that has no device tier at all (a store's own publisher) is taken at its word.
+        let offload = owner.tier != Tier::Gpu;
+        if offload && event.extras.is_none() && self.places.iter().any(|p| p.owner.tier == Tier::Gpu) {
+            return false;
+        }
+        if *self.block_size.get_or_insert(size) != size {
+            self.counts.block_size_mismatch += 1;
+            return false;
+        }
+        if !event.lookahead.is_empty() {
+            self.lookahead_tokens = event.lookahead_of(batch, 0).len() as u8;
+        }
+        true
+    }
+
+    /// The link of a hash whose content is known, or `None` after making it wait for its parent.
+    fn derive(
+        &mut self,
+        hash: EngineHash,
+        parent_hash: Option<EngineHash>,
+        parent_key: Option<BlockKey>,
+        local: LocalHash,
+    ) -> Option<Link> {
+        if let Some(parent) = parent_key {
+            return Some(Link { key: self.hasher.extend(parent, local), parent });
+        }
+        let parent = parent_hash.expect("a block without parent hash has the root as parent key");
+        if self.waiting.len() < self.limits.unresolved && !self.waiting.contains_key(&hash) {
+            self.waiting.insert(hash, Waiting { parent, local });
+            self.waiters.entry(parent).or_default().push(hash);
+        }
+        None
+    }
+
+    fn add_copy(&mut self, hash: EngineHash, link: Option<Link>, place: u8, ops: &mut OpBuffer) {
+        let tracked = self.hashes.len();
+        match self.hashes.entry(hash) {
+            Entry::Occupied(mut entry) => {
+                let entry = entry.get_mut();
+                entry.ghost_stamp = 0;
+                let first = entry.copies.add(place);
+                match (entry.link, link) {
+                    (None, Some(link)) => self.connect(hash, link, ops),
+                    (Some(link), _) if first => self.acquire(link, place, ops),
+                    _ => {}
+                }
+            }
+            Entry::Vacant(entry) => {
+                let room = tracked < self.limits.hashes
+                    && (link.is_some() || self.unresolved < self.limits.unresolved);
+                if !room {
+                    self.counts.over_limit += 1;
+                    self.stop_waiting(hash);
+                    return;
+                }
+                let mut copies = Counts::default();
+                copies.add(place);
+                entry.insert(HashEntry { link, copies, ghost_stamp: 0 });
+                if let Some(link) = link {
+                    self.acquire(link, place, ops);
+                    self.wake_waiters(hash, link.key, ops);
+                } else {
+                    self.unresolved += 1;
+                    self.counts.unresolved += 1;
+                }
+            }
+        }
+    }
+
+    /// An unresolved hash gets its key: everything held under it becomes visible, and so do those that wait for it.
+    fn connect(&mut self, hash: EngineHash, link: Link, ops: &mut OpBuffer) {
+        let Some(entry) = self.hashes.get_mut(&hash) else { return };
+        entry.link = Some(link);
+        let held = entry.copies.places();
+        self.unresolved -= 1;
+        self.counts.linked += 1;
+        self.stop_waiting(hash);
+        for place in held {
+            self.acquire(link, place, ops);
+        }
+        self.wake_waiters(hash, link.key, ops);
+    }
+
+    fn wake_waiters(&mut self, hash: EngineHash, key: BlockKey, ops: &mut OpBuffer) {
+        if self.waiters.is_empty() {
+            return;
+        }
+        // A work list, not recursion: a whole prompt may have waited for its first block.
+        let mut ready: Vec<(EngineHash, BlockKey)> = vec![(hash, key)];
+        while let Some((parent_hash, parent)) = ready.pop() {
+            for child in self.waiters.remove(&parent_hash).into_iter().flatten() {
+                let Some(waiting) = self.waiting.remove(&child) else { continue };
+                let link = Link { key: self.hasher.extend(parent, waiting.local), parent };
+                if let Some(entry) = self.hashes.get_mut(&child) {
+                    entry.link = Some(link);
+                    let held = entry.copies.places();
+                    self.unresolved -= 1;
+                    self.counts.linked += 1;
+                    for place in held {
+                        self.acquire(link, place, ops);
+                    }
+                    ready.push((child, link.key));
+                }
+            }
+        }
+    }
+
+    fn stop_waiting(&mut self, hash: EngineHash) {
+        let Some(waiting) = self.waiting.remove(&hash) else { return };
+        if let Some(siblings) = self.waiters.get_mut(&waiting.parent) {
+            siblings.retain(|sibling| *sibling != hash);
+            if siblings.is_empty() {
+                self.waiters.remove(&waiting.parent);
+            }
+        }
+    }
+
+    fn remove(&mut self, batch: &Batch, event: &Removed, ops: &mut OpBuffer) {
+        let hashes = batch.hashes(&event.hashes);
+        self.counts.removed += hashes.len() as u64;
+        let Some(place) = self.place(batch.text(&event.medium), event.remote, event.group) else {
+            self.counts.unknown_removals += hashes.len() as u64;
+            return;
+        };
+        for &hash in hashes {
+            let Some(entry) = self.hashes.get_mut(&hash).filter(|entry| entry.copies.get(place) > 0) else {
+                self.counts.unknown_removals += 1;
+                continue;
+            };
+            let last = entry.copies.take(place, self.removal == RemovalPolicy::LastCopy);
+            let (link, gone) = (entry.link, entry.copies.is_empty());
+            if let (true, Some(link)) = (last, link) {
+                self.release(link.key, place, ops);
+            }
+            if gone {
+                self.bury(hash);
+            }
+        }
+    }
+
+    /// One more hash of this key is held in `place`.
+    fn acquire(&mut self, link: Link, place: u8, ops: &mut OpBuffer) {
+        let entry = self
+            .keys
+            .entry(link.key)
+            .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
+        if entry.holders.add(place) {
+            self.places[usize::from(place)].visible += 1;
+            ops.stored(place, link.parent, link.key);
+        }
+    }
+
+    fn release(&mut self, key: BlockKey, place: u8, ops: &mut OpBuffer) {
+        let Some(entry) = self.keys.get_mut(&key) else { return };
+        if entry.holders.take(place, false) {
+            self.places[usize::from(place)].visible -= 1;
+            ops.removed(place, key);
+            if entry.holders.is_empty() {
+                self.keys.remove(&key);
+            }
+        }
+    }
+
+    /// Remembers a hash that is held nowhere; forgets the oldest such hash at the bound.
+    fn bury(&mut self, hash: EngineHash) {
+        let stamp = self.next_stamp;
+        self.next_stamp = self.next_stamp.wrapping_add(1).max(1);
+        let Some(entry) = self.hashes.get_mut(&hash) else { return };
+        entry.ghost_stamp = stamp;
+        self.ghosts.push_back((hash, stamp));
+        while self.ghosts.len() > self.limits.ghosts {
+            let Some((oldest, stamp)) = self.ghosts.pop_front() else { return };
+            // Held again since, or buried again later: this turn in the queue is void.
+            if self.hashes.get(&oldest).is_some_and(|entry| entry.ghost_stamp == stamp) {
+                if self.hashes.remove(&oldest).is_some_and(|entry| entry.link.is_none()) {
+                    self.unresolved -= 1;
+                }
+                self.stop_waiting(oldest);
+            }
+        }
+    }
+
+    /// The number of a medium and group, registered at first sight; `None` beyond [`MAX_FRAME_OWNERS`].
+    fn place(&mut self, medium: &str, remote: bool, group: Option<u16>) -> Option<u8> {
+        let group = CacheGroup(group.unwrap_or(0));
+        let found = self.places.iter().position(|place| {
+            place.owner.group == group
+                && place.remote == remote
+                && place.owner.medium.eq_ignore_ascii_case(canonical_medium(medium))
+        });
+        if let Some(number) = found {
+            return Some(number as u8);
+        }
+        if self.places.len() == MAX_FRAME_OWNERS {
+            return None;
+        }
+        let (tier, medium) = classify_medium(medium, remote);
+        // Until the engine says otherwise, group 0 is the only group there is: full attention. Others fail closed.
+        let known = self.places.iter().find(|place| place.owner.group == group).map(|place| place.owner.kind);
+        let kind = known.unwrap_or(if group.0 == 0 { GroupKind::Full } else { GroupKind::Unknown });
+        let owner = FrameOwner { tier, medium, group, kind };
+        self.places.push(Place { owner, remote, visible: 0 });
+        Some((self.places.len() - 1) as u8)
+    }
+
+    /// Notes what an event says about its cache group, for all places of that group.
+    fn learn_kind(&mut self, batch: &Batch, event: &Stored, place: u8) {
+        let owner = &self.places[usize::from(place)].owner;
+        let (group, before, tier) = (owner.group, owner.kind, owner.tier);
+        if tier == Tier::Unknown {
+            self.counts.unknown_medium += 1;
+        }
+        let kind = classify_group(batch.text(&event.group_kind), event, before);
+        if kind == GroupKind::Unknown {
+            self.counts.unknown_group += 1;
+        }
+        if kind != before {
+            for place in self.places.iter_mut().filter(|place| place.owner.group == group) {
+                place.owner.kind = kind;
+            }
+        }
+    }
+}
+
+/// What a cache group needs, from the engine's own word for it. Block sizes only grow: partial entries of a group
+/// carry the smaller hash block size.
+fn classify_group(word: &str, event: &Stored, before: GroupKind) -> GroupKind {
+    let larger = |known: u32| known.max(event.block_size);
+    match (word, before) {
+        ("", before) => before,
+        ("full_attention" | "mla_attention" | "sink_full_attention", _) => GroupKind::Full,
+        (
+            "sliding_window" | "sliding_window_mla",
+            GroupKind::SlidingWindow { window_tokens, block_tokens },
+        ) => {
+            let window_tokens = event.window_tokens.unwrap_or(window_tokens);
+            GroupKind::SlidingWindow { window_tokens, block_tokens: larger(block_tokens) }
+        }
+        ("sliding_window" | "sliding_window_mla", _) => match event.window_tokens {
+            Some(window_tokens) if window_tokens > 0 && event.block_size > 0 => {
+                GroupKind::SlidingWindow { window_tokens, block_tokens: event.block_size }
+            }
+            _ => GroupKind::Unknown,
+        },
+        ("mamba", GroupKind::State { block_tokens }) => {
+            GroupKind::State { block_tokens: larger(block_tokens) }
+        }
+        ("mamba", _) if event.block_size > 0 => GroupKind::State { block_tokens: event.block_size },
+        _ => GroupKind::Unknown,
+    }
+}
+
+/// Engines without tiers name no medium: that is device memory.
+fn canonical_medium(medium: &str) -> &str {
+    if medium.is_empty() { "GPU" } else { medium }
+}
+
+/// Tier and kept name of a medium. Names as vLLM, SGLang and the stores behind their connectors spell them.
+fn classify_medium(medium: &str, remote: bool) -> (Tier, String) {
+    let mut name = canonical_medium(medium).to_ascii_uppercase();
+    if name.len() > MAX_MEDIUM_BYTES {
+        let end = (0..=MAX_MEDIUM_BYTES).rev().find(|&at| name.is_char_boundary(at)).unwrap_or(0);
+        name.truncate(end);
+    }
+    let tier = match name.as_str() {
+        "GPU" => Tier::Gpu,
+        "CPU" | "CPU_PINNED" if !remote => Tier::Cpu,
+        "STORAGE" | "DISK" | "SSD" | "FS" if !remote => Tier::Ssd,
+        "CPU" | "CPU_PINNED" | "STORAGE" | "DISK" | "SSD" | "FS" | "OBJ" | "SHARED_STORAGE" | "EXTERNAL"
+        | "REMOTE" => Tier::Remote,
+        _ => Tier::Unknown,
+    };
+    (tier, name)
+}
+
+/// The adapter of an event whose engine publishes no extra keys. Where only its number is known, it cannot match a
+/// query by name: that under-reports rather than mixing adapters.
+fn unlisted_lora<'a>(batch: &'a Batch, event: &Stored) -> Option<Cow<'a, str>> {
+    if event.extras.is_some() {
+        return None;
+    }
+    match (batch.text(&event.lora_name), event.lora_id) {
+        ("", None) => None,
+        ("", Some(id)) => Some(Cow::Owned(format!("#id:{id}"))),
+        (name, _) => Some(Cow::Borrowed(name)),
+    }
+}
+
+/// The engine's untagged extra key in our terms: a bare string is the adapter's name if it equals it.
+fn extra_key<'a>(batch: &'a Batch, event: &Stored, value: &ExtraValue) -> ExtraKey<'a> {
+    match value {
+        ExtraValue::Text(span) => {
+            let (text, lora) = (batch.text(span), batch.text(&event.lora_name));
+            if !lora.is_empty() && text == lora { ExtraKey::Lora(text) } else { ExtraKey::Text(text) }
+        }
+        ExtraValue::Multimodal(span, offset) => {
+            ExtraKey::Multimodal { identifier: batch.text(span), offset: *offset }
+        }
+        ExtraValue::Bytes(span) => ExtraKey::Bytes(batch.bytes(span)),
+    }
+}

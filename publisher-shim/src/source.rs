@@ -1,0 +1,484 @@
+//! One engine rank as a publisher: order and repair on the engine's side, epochs and frames on the bus's side.
+//!
+//! Pure: messages, replies and wall-clock times come in as arguments; frames come out. The shell ([`crate::shim`]) owns
+//! the sockets and decides when to ask.
+//!
+//! # What the engine's sequence can say
+//!
+//! A live message's sequence is compared with the last one applied:
+//!
+//! | seen | meaning | what happens |
+//! |---|---|---|
+//! | last + 1 | in order | applied |
+//! | at most last, same bytes as before | a replay overlapped | dropped |
+//! | at most last, other bytes | the engine restarted | everything is forgotten; new epoch |
+//! | above last + 1 | messages are missing | replay; if that cannot fill the gap, state is dropped; new epoch |
+//!
+//! A (re)connect is suspect: the engine may have restarted unseen, and its sequence may even fit. With a replay socket
+//! the whole buffer is fetched and compared with what was applied (a payload holds a time stamp, so equal bytes at
+//! equal sequence mean the same life). Without one, state from before the reconnect is dropped.
+//!
+//! A message that cannot be decoded spends its sequence and nothing else. A gap is asked for once; what the reply does
+//! not hold will never come (the engine could not encode it), so there is no loop.
+//!
+//! # What the epoch promises
+//!
+//! Within an epoch, frames are contiguous and add up to the mirror. Whenever that cannot be promised a new epoch starts
+//! with a snapshot of the mirror. So the index needs no history to be right again.
+
+use bytes::Bytes;
+use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, OpBuffer, SourceHealth};
+use kvatlas_proto::keys::KEY_VERSION;
+use kvatlas_proto::scope::InvalidScopeError;
+use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, SourceId, Tier};
+
+use crate::adapter::{DecodeError, vllm};
+use crate::event::{Batch, Event};
+use crate::mirror::{Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
+
+/// Operations per frame, in bytes. A frame of this size is far below a broker's limit and takes the index well under
+/// a millisecond, so that queries never wait long behind one.
+pub const FRAME_OPS_BYTES: usize = 64 * 1024;
+
+/// Applied messages whose fingerprints are remembered, to tell a replay's overlap from a restart. Covers vLLM's default
+/// replay buffer of 10,000.
+const HISTORY_MESSAGES: usize = 16_384;
+
+/// What identifies and bounds a source.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Model name as the engine serves it.
+    pub model: String,
+    /// Tenant; empty for the default one.
+    pub tenant: String,
+    /// What a gateway routes to.
+    pub instance: InstanceId,
+    /// Data-parallel rank; `None` takes the one that the engine's messages name.
+    pub rank: Option<DpRank>,
+    /// Tokens per block; `None` takes the engine's.
+    pub block_size: Option<u32>,
+    /// How keys are computed.
+    pub hasher: KeyHasher,
+    /// What a removal says about copies.
+    pub removal: RemovalPolicy,
+    /// Bounds of the mirror.
+    pub limits: MirrorLimits,
+    /// Whether the engine can be asked for past messages.
+    pub has_replay: bool,
+}
+
+/// One engine rank as a publisher.
+pub struct Source {
+    config: SourceConfig,
+    mirror: Mirror,
+    batch: Batch,
+    ops: OpBuffer,
+    /// Sequence of the last message applied.
+    last: Option<u64>,
+    history: History,
+    /// The connection was (re)made and nothing from it was compared yet.
+    suspect: bool,
+    health: SourceHealth,
+    rank: DpRank,
+    scope: Option<Scope>,
+    epoch: Epoch,
+    next_frame: FrameSeq,
+    /// The next frames start a new epoch with a snapshot.
+    new_epoch: bool,
+    engine_time_ns: u64,
+    counts: SourceCounts,
+}
+
+/// What to do about a live message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Live {
+    /// It was dealt with.
+    Done,
+    /// Ask the engine for its messages from this sequence on, hand them to [`Source::replayed`], then offer the message
+    /// again.
+    Replay {
+        /// First sequence to ask for.
+        from: u64,
+    },
+}
+
+/// What happened on the engine's side. Counters since the source was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceCounts {
+    /// Messages applied.
+    pub messages: u64,
+    /// Messages dropped because they had been applied before.
+    pub duplicates: u64,
+    /// Messages dropped because they could not be decoded, by [`DecodeError::reason`].
+    pub undecodable: Vec<(&'static str, u64)>,
+    /// Events of a kind that is not known.
+    pub unknown_events: u64,
+    /// Gaps seen in the sequence.
+    pub gaps: u64,
+    /// Gaps that could not be filled: state was dropped.
+    pub losses: u64,
+    /// Engine restarts noticed.
+    pub restarts: u64,
+    /// Messages whose data-parallel rank is not the source's.
+    pub rank_mismatch: u64,
+}
+
+/// Fingerprints of the messages applied last, by sequence.
+struct History(Vec<(u64, u64)>);
+
+// === impl History ===
+
+impl History {
+    const UNUSED: (u64, u64) = (u64::MAX, 0);
+
+    fn slot(seq: u64) -> usize {
+        (seq % HISTORY_MESSAGES as u64) as usize
+    }
+
+    fn record(&mut self, seq: u64, payload: &[u8]) {
+        if self.0.is_empty() {
+            self.0 = vec![Self::UNUSED; HISTORY_MESSAGES];
+        }
+        self.0[Self::slot(seq)] = (seq, xxhash_rust::xxh3::xxh3_64(payload));
+    }
+
+    /// `None` if nothing is remembered at this sequence.
+    fn is_same(&self, seq: u64, payload: &[u8]) -> Option<bool> {
+        let (at, fingerprint) = *self.0.get(Self::slot(seq))?;
+        (at == seq).then(|| fingerprint == xxhash_rust::xxh3::xxh3_64(payload))
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+// === impl SourceCounts ===
+
+impl SourceCounts {
+    fn count_undecodable(&mut self, reason: &'static str) {
+        match self.undecodable.iter_mut().find(|(r, _)| *r == reason) {
+            Some((_, n)) => *n += 1,
+            None => self.undecodable.push((reason, 1)),
+        }
+    }
+}
+
+// === impl Source ===
+
+impl Source {
+    /// An empty source. `now_ns` is wall-clock time, nanoseconds since the Unix epoch; it becomes the first [`Epoch`].
+    pub fn new(config: SourceConfig, now_ns: u64) -> Result<Self, InvalidScopeError> {
+        // Checks model and tenant now, whatever block size the engine will say.
+        Scope::new(&*config.model, &*config.tenant, config.block_size.unwrap_or(1), KEY_VERSION)?;
+        let mirror = Mirror::new(config.hasher, config.limits, config.removal, config.block_size);
+        let mut source = Self {
+            mirror,
+            batch: Batch::default(),
+            ops: OpBuffer::default(),
+            last: None,
+            history: History(Vec::new()),
+            suspect: false,
+            health: SourceHealth::Exact,
+            rank: config.rank.unwrap_or_default(),
+            scope: None,
+            epoch: Epoch(now_ns),
+            next_frame: FrameSeq(0),
+            new_epoch: true,
+            engine_time_ns: 0,
+            counts: SourceCounts::default(),
+            config,
+        };
+        source.learn_scope();
+        Ok(source)
+    }
+
+    /// Who publishes.
+    pub fn id(&self) -> SourceId {
+        SourceId { instance: self.config.instance.clone(), rank: self.rank }
+    }
+
+    /// Which key space, once the block size is known.
+    pub fn scope(&self) -> Option<&Scope> {
+        self.scope.as_ref()
+    }
+
+    /// Sequence of the last engine message applied.
+    pub fn last_engine_seq(&self) -> Option<u64> {
+        self.last
+    }
+
+    /// Current epoch and the sequence that the next frame will have.
+    pub fn position(&self) -> (Epoch, FrameSeq) {
+        (self.epoch, self.next_frame)
+    }
+
+    /// What the source knows about its own truth.
+    pub fn health(&self) -> SourceHealth {
+        self.health
+    }
+
+    /// Counters of the engine's side.
+    pub fn counts(&self) -> &SourceCounts {
+        &self.counts
+    }
+
+    /// Counters of the mirror.
+    pub fn mirror_counts(&self) -> MirrorCounts {
+        self.mirror.counts()
+    }
+
+    /// What the engine holds, as far as it is known.
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    /// Whether there is something to publish.
+    pub fn has_frames(&self) -> bool {
+        self.scope.is_some() && (self.new_epoch || !self.ops.is_empty())
+    }
+
+    /// Whether enough is waiting for a full frame.
+    pub fn wants_flush(&self) -> bool {
+        self.ops.encoded_bytes() >= FRAME_OPS_BYTES
+    }
+
+    /// The next frames start a new epoch: somebody missed something.
+    pub fn request_snapshot(&mut self) {
+        self.new_epoch = true;
+    }
+
+    /// The connection to the engine was (re)made. Returns the sequence to replay from, if the engine can be asked.
+    pub fn connected(&mut self) -> Option<u64> {
+        self.suspect = true;
+        self.config.has_replay.then_some(0)
+    }
+
+    /// Offers a live message. `after_replay` says that the engine was just asked, so that what is missing now will
+    /// never come.
+    pub fn live(&mut self, seq: u64, payload: &[u8], after_replay: bool) -> Live {
+        if self.suspect {
+            if self.config.has_replay && !after_replay {
+                return Live::Replay { from: 0 };
+            }
+            // Nobody can say whether this is still the same life.
+            self.suspect = false;
+            if self.last.is_some() {
+                self.restart();
+                self.health = SourceHealth::EventsLost;
+            }
+        }
+        match self.last {
+            None if seq > 0 && self.config.has_replay && !after_replay => return Live::Replay { from: 0 },
+            None => {
+                if seq > 0 && self.health == SourceHealth::Exact {
+                    self.health = SourceHealth::JoinedLate;
+                }
+            }
+            Some(last) if seq == last + 1 => {}
+            Some(last) if seq > last => {
+                if self.config.has_replay && !after_replay {
+                    self.counts.gaps += 1;
+                    return Live::Replay { from: last + 1 };
+                }
+                self.counts.gaps += u64::from(!after_replay);
+                self.lose();
+            }
+            Some(_) if self.history.is_same(seq, payload) == Some(true) => {
+                self.counts.duplicates += 1;
+                return Live::Done;
+            }
+            Some(_) => {
+                self.restart();
+                if seq > 0 {
+                    if self.config.has_replay && !after_replay {
+                        return Live::Replay { from: 0 };
+                    }
+                    self.health = SourceHealth::JoinedLate;
+                }
+            }
+        }
+        self.apply(seq, payload);
+        Live::Done
+    }
+
+    /// Takes the engine's reply to a replay from `from`: messages in the order received. An empty reply is an engine that
+    /// has published nothing (or one that did not answer).
+    pub fn replayed(&mut self, from: u64, messages: &[(u64, Bytes)]) {
+        if from == 0 {
+            self.compare_lives(messages);
+        }
+        self.suspect = false;
+        for (seq, payload) in messages {
+            match self.last {
+                Some(last) if *seq <= last => self.counts.duplicates += 1,
+                Some(last) if *seq == last + 1 => self.apply(*seq, payload),
+                Some(_) => {
+                    self.lose();
+                    self.apply(*seq, payload);
+                }
+                None => {
+                    if *seq > 0 && self.health == SourceHealth::Exact {
+                        self.health = SourceHealth::JoinedLate;
+                    }
+                    self.apply(*seq, payload);
+                }
+            }
+        }
+    }
+
+    /// Encodes what is waiting: live changes, or a snapshot at the start of an epoch. Nothing before the block size is
+    /// known. With `heartbeat`, an empty frame if there is nothing else.
+    pub fn take_frames(&mut self, now_ns: u64, heartbeat: bool) -> Result<Vec<Bytes>, EncodeFrameError> {
+        let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
+        let mut header = FrameHeader {
+            scope,
+            source: self.id(),
+            variant: self.mirror.variant(),
+            epoch: self.epoch,
+            seq: self.next_frame,
+            part: FramePart::Live,
+            health: self.health,
+            engine_time_ns: std::mem::take(&mut self.engine_time_ns),
+            owners: self.mirror.owners(),
+        };
+        let mut frames = Vec::new();
+        if self.new_epoch {
+            let next = if header.seq == FrameSeq(0) { self.epoch.0 } else { self.epoch.0 + 1 };
+            header.epoch = Epoch(now_ns.max(next));
+            header.seq = FrameSeq(0);
+            self.ops.clear();
+            let mut chunks = Vec::new();
+            self.mirror.snapshot(FRAME_OPS_BYTES, |ops| chunks.push(std::mem::take(ops)));
+            let last = chunks.len().saturating_sub(1);
+            if chunks.is_empty() {
+                chunks.push(OpBuffer::default());
+            }
+            for (number, mut chunk) in chunks.into_iter().enumerate() {
+                header.part = if number == last { FramePart::SnapshotEnd } else { FramePart::Snapshot };
+                push_frame(&mut header, &mut chunk, &mut frames)?;
+            }
+            self.new_epoch = false;
+        } else {
+            while !self.ops.is_empty() {
+                let mut chunk = self.ops.take_chunk(FRAME_OPS_BYTES);
+                push_frame(&mut header, &mut chunk, &mut frames)?;
+            }
+            if frames.is_empty() && heartbeat {
+                push_frame(&mut header, &mut OpBuffer::default(), &mut frames)?;
+            }
+        }
+        (self.epoch, self.next_frame) = (header.epoch, header.seq);
+        Ok(frames)
+    }
+
+    /// Forgets everything if the replayed messages show (or cannot rule out) another engine life.
+    fn compare_lives(&mut self, messages: &[(u64, Bytes)]) {
+        let Some(last) = self.last else { return };
+        let mut same = None;
+        for (seq, payload) in messages.iter().filter(|(seq, _)| *seq <= last) {
+            match self.history.is_same(*seq, payload) {
+                Some(false) => {
+                    same = Some(false);
+                    break;
+                }
+                Some(true) => same = Some(true),
+                None => {}
+            }
+        }
+        let reaches_back = messages.last().is_some_and(|(seq, _)| *seq >= last);
+        if same != Some(true) || !reaches_back {
+            self.restart();
+            if messages.first().is_some_and(|(seq, _)| *seq > 0) {
+                self.health = SourceHealth::EventsLost;
+            }
+        }
+    }
+
+    /// The engine has another life now, or may have: nothing known before counts.
+    fn restart(&mut self) {
+        self.counts.restarts += 1;
+        self.mirror.reset();
+        self.ops.clear();
+        self.last = None;
+        self.history.clear();
+        self.health = SourceHealth::Exact;
+        self.new_epoch = true;
+    }
+
+    /// Messages of this life are lost for good: what is held now is unknown, so nothing is claimed.
+    fn lose(&mut self) {
+        self.counts.losses += 1;
+        self.mirror.clear(&mut self.ops);
+        self.ops.clear();
+        self.health = SourceHealth::EventsLost;
+        self.new_epoch = true;
+    }
+
+    fn apply(&mut self, seq: u64, payload: &[u8]) {
+        self.last = Some(seq);
+        self.history.record(seq, payload);
+        if let Err(error) = vllm::decode(payload, &mut self.batch) {
+            self.note_undecodable(seq, error);
+            return;
+        }
+        self.counts.messages += 1;
+        self.counts.unknown_events += u64::from(self.batch.unknown_events);
+        self.engine_time_ns = self.engine_time_ns.max(self.batch.time_ns);
+        self.note_rank();
+        let over_limit = self.mirror.counts().over_limit;
+        self.mirror.apply(&self.batch, &mut self.ops);
+        self.note_health(self.mirror.counts().over_limit > over_limit);
+        self.learn_scope();
+    }
+
+    fn learn_scope(&mut self) {
+        if let (None, Some(block_size)) = (&self.scope, self.mirror.block_size()) {
+            let scope = Scope::new(&*self.config.model, &*self.config.tenant, block_size, KEY_VERSION);
+            self.scope =
+                Some(scope.expect("the configuration was checked, and the mirror checks block sizes"));
+        }
+    }
+
+    fn note_undecodable(&mut self, seq: u64, error: DecodeError) {
+        tracing::debug!(source = %self.id(), seq, %error, "engine message could not be decoded");
+        self.counts.count_undecodable(error.reason());
+        if self.health == SourceHealth::Exact {
+            self.health = SourceHealth::Undecodable;
+        }
+    }
+
+    fn note_rank(&mut self) {
+        let Some(said) = self.batch.rank.map(DpRank) else { return };
+        if said != self.rank {
+            // Before the first frame the source has no name yet, so the engine may still give it.
+            if self.config.rank.is_none() && self.next_frame == FrameSeq(0) {
+                self.rank = said;
+            } else {
+                self.counts.rank_mismatch += 1;
+            }
+        }
+    }
+
+    fn note_health(&mut self, over_limit: bool) {
+        let cleared = self.batch.events.iter().any(|event| matches!(event, Event::Cleared));
+        let only_gpu = || self.mirror.owners().iter().all(|owner| owner.tier == Tier::Gpu);
+        // A reset empties the device cache for certain; other tiers may keep blocks that were missed.
+        if cleared && only_gpu() {
+            self.health = SourceHealth::Exact;
+        }
+        if over_limit {
+            self.health = SourceHealth::OverLimit;
+        }
+    }
+}
+
+fn push_frame(
+    header: &mut FrameHeader,
+    ops: &mut OpBuffer,
+    frames: &mut Vec<Bytes>,
+) -> Result<(), EncodeFrameError> {
+    frames.push(Bytes::from(header.encode(ops)?));
+    header.seq = header.seq.next();
+    Ok(())
+}
