@@ -70,6 +70,8 @@ pub struct Stored {
     pub lora_id: Option<i64>,
     /// Extra keys per hash: position of the block in the event, then the key. `None` if the engine sent none at all.
     pub extras: Option<Span>,
+    /// Cache salt of the whole event's namespace (SGLang); empty if none.
+    pub cache_salt: Span,
     /// Cache group; `None` from engines that do not say.
     pub group: Option<u16>,
     /// Kind of the cache group as the engine spells it; empty if not said.
@@ -225,6 +227,7 @@ impl Stored {
             lora_name: 0..0,
             lora_id: None,
             extras: None,
+            cache_salt: 0..0,
             group: None,
             group_kind: 0..0,
             window_tokens: None,

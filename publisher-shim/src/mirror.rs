@@ -354,6 +354,11 @@ impl Mirror {
             let mut link = self.hashes.get(&hash).and_then(|entry| entry.link);
             if link.is_none() && positional {
                 let size = event.block_size as usize;
+                let salt = batch.text(&event.cache_salt);
+                if index == 0 && event.parent.is_none() && !salt.is_empty() {
+                    // SGLang repeats the salt on every event of its namespace; in a key it is on the first block.
+                    keys.push(ExtraKey::Text(salt));
+                }
                 let lookahead = event.lookahead_of(batch, index);
                 if !lookahead.is_empty() {
                     keys.push(ExtraKey::Lookahead(lookahead));

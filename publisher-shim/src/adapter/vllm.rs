@@ -3,7 +3,7 @@
 //! A message is `[time, events, data_parallel_rank]`. Up to 0.23 an event is an array (`["BlockStored", ...]`, fields by
 //! position), from 0.24 a map (`{"type": "BlockStored", ...}`). Both are read here, whatever the version: unknown
 //! keys and trailing elements are skipped, unknown events change nothing and are counted. Hashes are integers of
-//! either sign or byte strings.
+//! either sign or byte strings. SGLang speaks the same dialect with a field of its own, `cache_salt`.
 
 use crate::adapter::{DecodeError, MAX_MESSAGE_BYTES};
 use crate::event::{Batch, EngineHash, Event, Extra, ExtraValue, Removed, Span, Stored};
@@ -48,6 +48,7 @@ enum Field {
     Window,
     Locality,
     Lookahead,
+    CacheSalt,
     Other,
 }
 
@@ -206,6 +207,7 @@ fn decode_field(
             event.remote =
                 reader.optional_text("locality as text")?.is_some_and(|l| l.eq_ignore_ascii_case("remote"));
         }
+        Field::CacheSalt => event.cache_salt = optional_span(reader, "cache_salt as text", batch)?,
         Field::Lookahead => decode_lookahead(reader, event, batch)?,
         Field::Other => reader.skip()?,
     }
@@ -379,6 +381,7 @@ impl Field {
             b"kv_cache_spec_kind" => Self::GroupKind,
             b"kv_cache_spec_sliding_window" => Self::Window,
             b"locality" => Self::Locality,
+            b"cache_salt" => Self::CacheSalt,
             b"lookahead_token_ids" => Self::Lookahead,
             _ => Self::Other,
         }
