@@ -5,14 +5,23 @@
 //! * [`kvrec`]: recordings of an engine's event stream, read and written.
 //! * [`truth`]: what the engine really held at the checkpoints of a recording.
 //! * [`oracle`]: block keys of a recording by a second, deliberately simple reading of its events.
+//! * [`replay`]: what an engine's replay buffer answers.
+//! * [`sockets`]: one engine's event and replay sockets.
+//! * [`player`]: plays a recording as its engines did.
 //! * [`wire`]: vLLM's events, byte for byte.
 //! * [`engine_sim`]: a simulated block manager that produces such events.
+//! * [`publisher`]: publishes a simulated engine's events.
 //!
-//! Everything here is a function of its arguments (and of the files it is told to read).
+//! Only [`sockets`], [`player`] and [`publisher`] know tokio; everything else is a function of its arguments (and of
+//! the files it is told to read).
 
 pub mod engine_sim;
 pub mod kvrec;
 pub mod oracle;
+pub mod player;
+pub mod publisher;
+pub mod replay;
+pub mod sockets;
 pub mod stored;
 pub mod truth;
 pub mod wire;
