@@ -11,6 +11,7 @@
 //! * [`wire`]: vLLM's events, byte for byte.
 //! * [`engine_sim`]: a simulated block manager that produces such events.
 //! * [`publisher`]: publishes a simulated engine's events.
+//! * [`workload`]: conversations, and what a routing policy made of them.
 //!
 //! Only [`sockets`], [`player`] and [`publisher`] know tokio; everything else is a function of its arguments (and of
 //! the files it is told to read).
@@ -25,3 +26,4 @@ pub mod sockets;
 pub mod stored;
 pub mod truth;
 pub mod wire;
+pub mod workload;
