@@ -1,1 +1,53 @@
+//! The kvatlas index: who holds which block, how much of a prompt each instance can serve, and the server that says so.
+//!
+//! The core is pure (no runtime, no clock, no socket; time is an argument):
+//!
+//! * [`table`]: one scope's blocks and their owners; [`naive`]: the model it is judged by.
+//! * [`matching`]: the rule how much of a prompt a source can serve, and what that is worth.
+//! * [`sources`]: the state machine of a source: order, loss, epochs, leases.
+//! * [`Index`]: all scopes; frames in, answers out.
+//!
+//! The shell around it is [`IndexServer`]: it reads frames from a bus, serves gRPC and a small HTTP port, and ends
+//! leases.
 
+mod answer;
+mod bits;
+mod burst;
+mod clock;
+mod http;
+mod index;
+mod ingest;
+pub mod matching;
+mod metrics;
+pub mod naive;
+mod query;
+mod request;
+mod scope_index;
+mod server;
+mod service;
+mod slots;
+pub mod sources;
+mod status;
+pub mod table;
+
+// Shared with the integration tests, where `pub` is needed.
+#[cfg(test)]
+#[allow(unreachable_pub)]
+#[path = "../tests/common/frames.rs"]
+mod frames;
+
+pub use bits::Bits;
+pub use index::{
+    Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,
+    DEFAULT_MAX_SOURCES_PER_SCOPE, DumpOwner, Expired, Index, IndexLimits, IndexTotals, LimitReached,
+    OwnerFilter, OwnerInfo, SourceInfo,
+};
+pub use query::{PromptInput, ScoreAnswer, ScoreQuery, ScoreRow};
+pub use request::{
+    MAX_CANDIDATES, MAX_MULTIMODAL_ITEMS, MAX_PROMPT_BLOCKS, MAX_PROMPT_KEYS, MAX_PROMPT_TOKENS,
+};
+pub use server::{
+    DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
+    RunningIndexServer, StartError,
+};
+pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};

@@ -1,0 +1,109 @@
+//! A growable set of block positions of one prompt: bit `i` says that the prompt's block `i` is held.
+
+const WORD: u32 = u64::BITS;
+
+/// Positions from 0; as long as its last set bit needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bits {
+    words: Vec<u64>,
+}
+
+// === impl Bits ===
+
+impl Bits {
+    /// Adds a position.
+    #[inline]
+    pub fn set(&mut self, at: u32) {
+        let word = (at / WORD) as usize;
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        self.words[word] |= 1 << (at % WORD);
+    }
+
+    /// Adds the positions `0..count`.
+    pub fn set_first(&mut self, count: u32) {
+        let full = (count / WORD) as usize;
+        if self.words.len() < full {
+            self.words.resize(full, 0);
+        }
+        self.words[..full].fill(u64::MAX);
+        for at in (full as u32 * WORD)..count {
+            self.set(at);
+        }
+    }
+
+    /// True if the position was added.
+    #[inline]
+    pub fn get(&self, at: u32) -> bool {
+        self.words.get((at / WORD) as usize).is_some_and(|word| word >> (at % WORD) & 1 == 1)
+    }
+
+    /// Adds all positions of `other`.
+    pub fn union(&mut self, other: &Self) {
+        if self.words.len() < other.words.len() {
+            self.words.resize(other.words.len(), 0);
+        }
+        self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine |= theirs);
+    }
+
+    /// Length of the run from position 0 without a hole.
+    pub fn leading_run(&self) -> u32 {
+        let full = self.words.iter().take_while(|word| **word == u64::MAX).count();
+        let tail = self.words.get(full).map_or(0, |word| word.trailing_ones());
+        full as u32 * WORD + tail
+    }
+
+    /// Number of positions below `end` that are here and not in `other`.
+    pub fn count_new(&self, other: &Self, end: u32) -> u32 {
+        let mut count = 0;
+        for (at, word) in self.words.iter().enumerate() {
+            let start = at as u32 * WORD;
+            if start >= end {
+                break;
+            }
+            let new = word & !other.words.get(at).copied().unwrap_or(0);
+            let below = if end - start >= WORD { new } else { new & ((1 << (end - start)) - 1) };
+            count += below.count_ones();
+        }
+        count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bits(positions: &BTreeSet<u32>) -> Bits {
+        let mut out = Bits::default();
+        for at in positions {
+            out.set(*at);
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn behaves_like_a_set_of_positions(
+            a in proptest::collection::btree_set(0u32..300, 0..250),
+            b in proptest::collection::btree_set(0u32..300, 0..250),
+            first in 0u32..300,
+            end in 0u32..320,
+        ) {
+            let (left, right) = (bits(&a), bits(&b));
+            prop_assert!((0..320).all(|at| left.get(at) == a.contains(&at)));
+            prop_assert_eq!(left.leading_run() as usize, (0..300).take_while(|at| a.contains(at)).count());
+            let new = a.difference(&b).filter(|at| **at < end).count();
+            prop_assert_eq!(left.count_new(&right, end) as usize, new);
+            let mut both = left.clone();
+            both.union(&right);
+            prop_assert!((0..320).all(|at| both.get(at) == (a.contains(&at) || b.contains(&at))));
+            both.set_first(first);
+            prop_assert!((0..320).all(|at| both.get(at) == (at < first || a.contains(&at) || b.contains(&at))));
+        }
+    }
+}

@@ -1,0 +1,492 @@
+//! All scopes together: frames go in, answers come out. Synchronous and without a clock; time is an argument.
+//!
+//! `now_ms` is any clock that does not go back, in milliseconds, the same for all calls.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use kvatlas_proto::frame::FrameView;
+use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
+use kvatlas_proto::scope::MAX_BLOCK_SIZE;
+use kvatlas_proto::{
+    CacheGroup, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, OwnerRef, Scope, SourceId,
+};
+use parking_lot::RwLock;
+
+use crate::matching::{SourceMatch, TierName};
+use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
+pub use crate::scope_index::Applied;
+use crate::scope_index::{Budget, OwnerEntry, ScopeIndex, ScopeState};
+use crate::sources::{Expiry, SourceState, Verdict};
+use crate::table::OwnerNo;
+
+/// Scopes, by default. Far more models and tenants than one index serves; each costs about a kilobyte.
+pub const DEFAULT_MAX_SCOPES: usize = 1_024;
+/// Sources (instance and rank) per scope, by default: the largest fleets have thousands.
+pub const DEFAULT_MAX_SOURCES_PER_SCOPE: usize = 65_536;
+/// Owners (tier and cache group of a source) of all scopes, by default: 16 for each of 65,536 sources.
+pub const DEFAULT_MAX_OWNERS: usize = 1_048_576;
+/// Blocks, counted once per owner, of all scopes, by default. At about 60 bytes each this is 4 GB.
+pub const DEFAULT_MAX_BLOCKS: usize = 64 << 20;
+
+/// What an index may hold. At a bound the new thing is refused and counted; what is there stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexLimits {
+    /// Key spaces. At the bound, one without sources makes room; else frames of the new scope are refused.
+    pub scopes: usize,
+    /// Sources per scope. At the bound, frames of new sources are refused.
+    pub sources_per_scope: usize,
+    /// Owners of all scopes. At the bound, blocks of new owners are refused and their source is degraded.
+    pub owners: usize,
+    /// Blocks of all scopes, counted once per owner. At the bound, new ones are refused and their source is degraded.
+    pub blocks: usize,
+}
+
+/// The map of who holds which block.
+pub struct Index {
+    limits: IndexLimits,
+    hasher: KeyHasher,
+    scopes: RwLock<BTreeMap<Scope, Arc<ScopeIndex>>>,
+    budget: Budget,
+}
+
+/// A frame was refused because a bound was reached and it would have needed something new.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitReached {
+    /// No room for another scope.
+    #[error(
+        "the index has {bound} scopes already, so frames of {scope} are refused: raise the limit of scopes"
+    )]
+    Scopes {
+        /// The refused scope.
+        scope: Scope,
+        /// The limit.
+        bound: usize,
+    },
+    /// No room for another source.
+    #[error(
+        "scope {scope} has {bound} sources already, so frames of {source_id} are refused: raise the limit of sources"
+    )]
+    Sources {
+        /// Where.
+        scope: Scope,
+        /// The refused source.
+        source_id: SourceId,
+        /// The limit.
+        bound: usize,
+    },
+}
+
+/// The question names a block size that no engine of the model and tenant uses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "no engine of model {model:?} uses blocks of {asked} tokens; block sizes in use: {}. Ask with one of these, or \
+     with token ids and without a block size",
+    in_use.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+)]
+pub struct BlockSizeMismatch {
+    /// Which model.
+    pub model: String,
+    /// What was asked for, tokens.
+    pub asked: u32,
+    /// What there is, tokens, ascending.
+    pub in_use: Vec<u32>,
+}
+
+/// A source whose lease ended, or that was dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expired {
+    /// In which scope.
+    pub scope: Scope,
+    /// Who.
+    pub source: SourceId,
+    /// What happened.
+    pub expiry: Expiry,
+}
+
+/// Which sources and owners to list or dump; what is `None` matches all.
+#[derive(Clone, Debug, Default)]
+pub struct OwnerFilter {
+    /// Model and tenant.
+    pub model: Option<(String, String)>,
+    /// Instance.
+    pub instance: Option<String>,
+    /// Tokens per block.
+    pub block_size: Option<u32>,
+}
+
+/// One source as it is now.
+#[derive(Clone, Debug)]
+pub struct SourceInfo {
+    /// Its scope.
+    pub scope: Scope,
+    /// Instance and rank.
+    pub source: SourceId,
+    /// The newest epoch heard of.
+    pub epoch: Option<Epoch>,
+    /// The last frame that was applied.
+    pub applied_seq: Option<FrameSeq>,
+    /// How far it can be trusted.
+    pub state: SourceState,
+    /// Milliseconds since the last frame that proved life.
+    pub silent_ms: u64,
+    /// What it holds.
+    pub owners: Vec<OwnerInfo>,
+}
+
+/// One owner of a source as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnerInfo {
+    /// Where the blocks lie.
+    pub tier: TierName,
+    /// The engine's name of the medium.
+    pub medium: String,
+    /// Cache group.
+    pub group: CacheGroup,
+    /// What the group needs.
+    pub kind: GroupKind,
+    /// Blocks held.
+    pub blocks: usize,
+}
+
+/// An owner whose keys can be read with [`Index::keys_of`].
+#[derive(Clone, Debug)]
+pub struct DumpOwner {
+    /// Its scope.
+    pub scope: Scope,
+    /// Who it is.
+    pub owner: OwnerRef,
+    index: Arc<ScopeIndex>,
+    no: OwnerNo,
+}
+
+/// Sizes of an index.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IndexTotals {
+    /// Key spaces.
+    pub scopes: usize,
+    /// Owners.
+    pub owners: usize,
+    /// Blocks, counted once per owner.
+    pub blocks: usize,
+    /// Different blocks, counted once per scope.
+    pub distinct_blocks: usize,
+    /// Sources by state.
+    pub sources: BTreeMap<SourceState, usize>,
+}
+
+// === impl IndexLimits ===
+
+impl Default for IndexLimits {
+    fn default() -> Self {
+        Self {
+            scopes: DEFAULT_MAX_SCOPES,
+            sources_per_scope: DEFAULT_MAX_SOURCES_PER_SCOPE,
+            owners: DEFAULT_MAX_OWNERS,
+            blocks: DEFAULT_MAX_BLOCKS,
+        }
+    }
+}
+
+// === impl OwnerFilter ===
+
+impl OwnerFilter {
+    fn admits_scope(&self, scope: &Scope) -> bool {
+        self.model.as_ref().is_none_or(|(model, tenant)| scope.model() == model && scope.tenant() == tenant)
+            && self.block_size.is_none_or(|size| scope.block_size() == size)
+    }
+
+    fn admits_source(&self, source: &SourceId) -> bool {
+        self.instance.as_ref().is_none_or(|instance| source.instance.as_str() == instance)
+    }
+}
+
+// === impl Index ===
+
+impl Index {
+    /// An empty index. `seed` must be the publishers' one: with another one, no prompt given as token ids matches.
+    pub fn new(limits: IndexLimits, seed: KeySeed) -> Self {
+        Self {
+            limits,
+            hasher: KeyHasher::new(seed),
+            scopes: RwLock::default(),
+            budget: Budget::new(limits.blocks, limits.owners),
+        }
+    }
+
+    /// Applies a frame, or says why not.
+    pub fn apply(&self, frame: &FrameView<'_>, now_ms: u64) -> Result<Applied, LimitReached> {
+        let header = frame.header();
+        let scope = self.find_or_add_scope(&header.scope)?;
+        let bound = self.limits.sources_per_scope;
+        let Some(applied) = scope.apply(frame, now_ms, bound, &self.budget) else {
+            let (scope, source_id) = (header.scope.clone(), header.source.clone());
+            return Err(LimitReached::Sources { scope, source_id, bound });
+        };
+        if matches!(applied.verdict, Verdict::NewEpoch) {
+            self.leave_other_scopes(&header.source, &header.scope);
+        }
+        Ok(applied)
+    }
+
+    /// A source publishes in one scope at a time: an engine that was restarted with another model, tenant or block size
+    /// holds nothing of the old one.
+    fn leave_other_scopes(&self, source: &SourceId, scope: &Scope) {
+        let others: Vec<_> = {
+            let scopes = self.scopes.read();
+            scopes.iter().filter(|(other, _)| *other != scope).map(|(_, index)| Arc::clone(index)).collect()
+        };
+        for other in others {
+            other.on_moved_away(source);
+        }
+    }
+
+    fn find_or_add_scope(&self, scope: &Scope) -> Result<Arc<ScopeIndex>, LimitReached> {
+        if let Some(found) = self.scopes.read().get(scope) {
+            return Ok(Arc::clone(found));
+        }
+        let mut scopes = self.scopes.write();
+        if scopes.len() >= self.limits.scopes && !scopes.contains_key(scope) {
+            let unused = scopes.iter().find(|(_, index)| index.state.read().is_empty());
+            let unused = unused.map(|(unused, _)| unused.clone());
+            let Some(unused) = unused else {
+                return Err(LimitReached::Scopes { scope: scope.clone(), bound: self.limits.scopes });
+            };
+            // A frame that is on its way into it is lost; its source then has a gap and is asked for everything.
+            scopes.remove(&unused);
+        }
+        Ok(Arc::clone(scopes.entry(scope.clone()).or_default()))
+    }
+
+    /// Ends leases and drops what has been gone for long. To be called about once a second.
+    pub fn tick(&self, now_ms: u64) -> Vec<Expired> {
+        let mut expired = Vec::new();
+        for (scope, index) in self.scopes_where(|_| true) {
+            for (source, expiry) in index.tick(now_ms, &self.budget) {
+                expired.push(Expired { scope: scope.clone(), source, expiry });
+            }
+        }
+        expired
+    }
+
+    /// Who holds how much of a prompt.
+    pub fn score(&self, query: &ScoreQuery<'_>) -> Result<ScoreAnswer, BlockSizeMismatch> {
+        let of_model = self.scopes_of(query.model, query.tenant);
+        let (asked, others): (Vec<_>, Vec<_>) = of_model
+            .iter()
+            .partition(|(scope, _)| query.block_size.is_none_or(|size| scope.block_size() == size));
+        if let Some(asked_size) = query.block_size {
+            refuse_unused_size(query.model, asked_size, &asked, &others)?;
+        }
+        let candidates: BTreeSet<&str> = query.candidates.iter().map(String::as_str).collect();
+        // A name that is not even valid was never in an event; it stays among the unknown below.
+        let instances: Vec<InstanceId> =
+            candidates.iter().filter_map(|name| InstanceId::new(*name).ok()).collect();
+        let mut rows = Vec::new();
+        // With candidates of which none is valid there is nothing to look up; an empty list would ask for everybody.
+        if candidates.is_empty() || !instances.is_empty() {
+            for (scope, index) in &asked {
+                let size = scope.block_size();
+                let variants: Vec<_> = index.state.read().variants().collect();
+                let chains = query.input.chains(&self.hasher, size, &variants);
+                index.state.read().score(query, &instances, size, &chains, &mut rows);
+            }
+        }
+        add_unmatched(&candidates, &others, &mut rows);
+        let sizes = || rows.iter().map(|row| row.block_size).filter(|size| *size > 0);
+        let smallest = sizes().min().or_else(|| asked.iter().map(|(scope, _)| scope.block_size()).min());
+        let prompt_blocks = smallest.or(query.block_size).map_or(0, |size| query.input.blocks(size));
+        rows.sort_by(|a, b| {
+            b.score
+                .total_cmp(&a.score)
+                .then_with(|| a.instance.cmp(&b.instance))
+                .then_with(|| (a.rank, a.block_size).cmp(&(b.rank, b.block_size)))
+        });
+        rows.truncate(query.limit.unwrap_or(usize::MAX));
+        Ok(ScoreAnswer { rows, scope_known: !of_model.is_empty(), prompt_blocks })
+    }
+
+    /// Sources by model, tenant, block size, instance and rank.
+    pub fn sources(&self, filter: &OwnerFilter, now_ms: u64) -> Vec<SourceInfo> {
+        let mut out = Vec::new();
+        for (scope, index) in self.scopes_where(|scope| filter.admits_scope(scope)) {
+            let state = index.state.read();
+            for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
+                let mut owners: Vec<OwnerInfo> =
+                    source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
+                owners.sort_by(|a, b| (&a.tier, &a.medium, a.group).cmp(&(&b.tier, &b.medium, b.group)));
+                out.push(SourceInfo {
+                    scope: scope.clone(),
+                    source: source.id.clone(),
+                    epoch: source.tracker.epoch(),
+                    applied_seq: source.tracker.applied_seq(),
+                    state: source.tracker.state(),
+                    silent_ms: source.tracker.silent_ms(now_ms),
+                    owners,
+                });
+            }
+        }
+        out
+    }
+
+    /// The owners that a dump would go through, in the order of [`Self::sources`].
+    pub fn dump(&self, filter: &OwnerFilter) -> Vec<DumpOwner> {
+        let mut out = Vec::new();
+        for (scope, index) in self.scopes_where(|scope| filter.admits_scope(scope)) {
+            let state = index.state.read();
+            for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
+                let mut owners: Vec<(OwnerNo, &OwnerEntry)> =
+                    source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))).collect();
+                owners.sort_by(|(_, a), (_, b)| {
+                    (&a.tier, &a.medium, a.group).cmp(&(&b.tier, &b.medium, b.group))
+                });
+                out.extend(owners.into_iter().map(|(no, entry)| DumpOwner {
+                    scope: scope.clone(),
+                    owner: owner_ref(&source.id, entry),
+                    index: Arc::clone(&index),
+                    no,
+                }));
+            }
+        }
+        out
+    }
+
+    /// The owner's keys now, ascending; empty if it is not there any more. Copies and sorts them all.
+    pub fn keys_of(&self, owner: &DumpOwner) -> Vec<u64> {
+        let mut keys: Vec<u64> = {
+            let state = owner.index.state.read();
+            // Its number may belong to somebody else by now.
+            let same = state.owner(owner.no).is_some_and(|entry| {
+                state.source(entry.source).is_some_and(|source| owner_ref(&source.id, entry) == owner.owner)
+            });
+            if same { state.table.keys_of(owner.no).map(|key| key.0).collect() } else { Vec::new() }
+        };
+        keys.sort_unstable();
+        keys
+    }
+
+    /// Sizes now.
+    pub fn totals(&self) -> IndexTotals {
+        let mut totals = IndexTotals {
+            owners: self.budget.owners(),
+            blocks: self.budget.entries(),
+            ..IndexTotals::default()
+        };
+        for (_, index) in self.scopes_where(|_| true) {
+            let state = index.state.read();
+            totals.scopes += 1;
+            totals.distinct_blocks += state.table.distinct();
+            for (_, source) in state.sources() {
+                *totals.sources.entry(source.tracker.state()).or_default() += 1;
+            }
+        }
+        totals
+    }
+
+    /// Says what is wrong if the parts of the index disagree. Walks everything; for tests and debugging, and only while
+    /// no frame is being applied.
+    pub fn check(&self) -> Result<(), String> {
+        let mut entries = 0;
+        for (scope, index) in self.scopes_where(|_| true) {
+            let state = index.state.read();
+            state.check().map_err(|problem| format!("scope {scope}: {problem}"))?;
+            entries += state.table.entries();
+        }
+        if entries != self.budget.entries() {
+            return Err(format!("{entries} blocks in tables, {} counted", self.budget.entries()));
+        }
+        Ok(())
+    }
+
+    fn scopes_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(Scope, Arc<ScopeIndex>)> {
+        let scopes = self.scopes.read();
+        scopes
+            .iter()
+            .filter(|(scope, _)| admit(scope))
+            .map(|(scope, index)| (scope.clone(), Arc::clone(index)))
+            .collect()
+    }
+
+    /// The scopes of one model and tenant, smallest block size first.
+    fn scopes_of(&self, model: &str, tenant: &str) -> Vec<(Scope, Arc<ScopeIndex>)> {
+        let end = |size| Scope::new(model, tenant, size, KEY_VERSION);
+        // Scopes are ordered by model, tenant and then size. A name that no scope can have has no scopes.
+        let (Ok(first), Ok(last)) = (end(1), end(MAX_BLOCK_SIZE)) else { return Vec::new() };
+        let scopes = self.scopes.read();
+        scopes.range(first..=last).map(|(scope, index)| (scope.clone(), Arc::clone(index))).collect()
+    }
+}
+
+type Scopes<'a> = [&'a (Scope, Arc<ScopeIndex>)];
+
+/// Engines count, not memories of engines: a scope without sources refuses nobody.
+fn refuse_unused_size(
+    model: &str,
+    asked_size: u32,
+    asked: &Scopes<'_>,
+    others: &Scopes<'_>,
+) -> Result<(), BlockSizeMismatch> {
+    let used = |(_, index): &&(Scope, Arc<ScopeIndex>)| !index.state.read().is_empty();
+    let in_use: Vec<u32> = others.iter().copied().filter(used).map(|(scope, _)| scope.block_size()).collect();
+    if in_use.is_empty() || asked.iter().copied().any(|scope| used(&scope)) {
+        return Ok(());
+    }
+    Err(BlockSizeMismatch { model: model.to_owned(), asked: asked_size, in_use })
+}
+
+/// Rows for candidates without one: known only at another block size, or not at all.
+fn add_unmatched(candidates: &BTreeSet<&str>, others: &Scopes<'_>, rows: &mut Vec<ScoreRow>) {
+    if candidates.is_empty() {
+        return;
+    }
+    let answered: BTreeSet<String> = rows.iter().map(|row| row.instance.clone()).collect();
+    for name in candidates.iter().filter(|name| !answered.contains(**name)) {
+        let before = rows.len();
+        let empty = |rank, state, block_size| ScoreRow {
+            instance: (*name).to_owned(),
+            rank,
+            state,
+            block_size,
+            score: 0.0,
+            matched: SourceMatch::default(),
+        };
+        if let Ok(instance) = InstanceId::new(*name) {
+            for (scope, index) in others {
+                let state = index.state.read();
+                let known = state.ranks_of(&instance).filter_map(|no| state.source(no));
+                rows.extend(
+                    known.map(|source| {
+                        empty(source.id.rank.0, Some(source.tracker.state()), scope.block_size())
+                    }),
+                );
+            }
+        }
+        if rows.len() == before {
+            rows.push(empty(0, None, 0));
+        }
+    }
+}
+
+fn owner_info(state: &ScopeState, no: OwnerNo) -> Option<OwnerInfo> {
+    let owner = state.owner(no)?;
+    Some(OwnerInfo {
+        tier: owner.tier.clone(),
+        medium: owner.medium.to_string(),
+        group: owner.group,
+        kind: owner.kind,
+        blocks: state.table.blocks_of(no),
+    })
+}
+
+fn owner_ref(source: &SourceId, entry: &OwnerEntry) -> OwnerRef {
+    OwnerRef {
+        source: source.clone(),
+        tier: entry.tier.tier(),
+        medium: entry.medium.to_string(),
+        group: entry.group,
+    }
+}
+
+#[cfg(test)]
+#[path = "index_tests.rs"]
+mod tests;

@@ -1,0 +1,479 @@
+//! One scope: its sources, their owners and its table, and how a frame changes them.
+//!
+//! Locking. `writer` serialises changes; `state` is what queries read. A change that is large (a piece of a snapshot,
+//! the blocks of an owner that was cleared) gives the state lock away every [`SLICE_KEYS`] keys so that no query
+//! waits for all of it. What a query may see in between is stated where it happens:
+//!
+//! * a live frame is applied in one step: a block that moves between tiers is never in neither;
+//! * a cleared owner is empty at once: it gets a fresh number, and the old number's blocks are taken out afterwards,
+//!   unreachable because no owner has that number any more;
+//! * a piece of a snapshot grows into view; its source is syncing and says so.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvatlas_proto::frame::{Change, FrameHeader, FrameOwner, FramePart, FrameView, MAX_FRAME_OWNERS};
+use kvatlas_proto::keys::KeyVariant;
+use kvatlas_proto::{BlockKey, CacheGroup, GroupKind, SourceId};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
+
+use crate::matching::TierName;
+use crate::slots::Slots;
+use crate::sources::{Expiry, SourceState, SourceTracker, Verdict};
+use crate::table::{OwnerNo, Table};
+
+/// Keys after which a long change lets waiting queries through. At 100 to 200 ns a key that is below a millisecond.
+const SLICE_KEYS: usize = 4_096;
+
+/// What all scopes together may hold, and do.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    pub(crate) max_entries: usize,
+    pub(crate) max_owners: usize,
+    entries: AtomicUsize,
+    owners: AtomicUsize,
+}
+
+/// A scope with its locks.
+#[derive(Debug, Default)]
+pub(crate) struct ScopeIndex {
+    /// Taken before `state` by everything that changes it, and held while `state` is let go in between.
+    writer: Mutex<()>,
+    pub(crate) state: RwLock<ScopeState>,
+}
+
+/// Number of a source inside one scope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SourceNo(u32);
+
+#[derive(Debug, Default)]
+pub(crate) struct ScopeState {
+    pub(crate) table: Table,
+    ids: BTreeMap<SourceId, SourceNo>,
+    sources: Slots<SourceEntry>,
+    owners: Slots<OwnerEntry>,
+    /// How many sources shape their keys in each way.
+    variants: BTreeMap<KeyVariant, usize>,
+    /// Sources that hold blocks in no full group: they may match behind a block that nobody holds.
+    without_full: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct SourceEntry {
+    pub(crate) id: SourceId,
+    pub(crate) tracker: SourceTracker,
+    pub(crate) variant: KeyVariant,
+    pub(crate) owners: Vec<OwnerNo>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct OwnerEntry {
+    pub(crate) source: SourceNo,
+    pub(crate) tier: TierName,
+    /// The engine's name of the medium, for every tier.
+    pub(crate) medium: Arc<str>,
+    pub(crate) group: CacheGroup,
+    pub(crate) kind: GroupKind,
+}
+
+/// What became of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// What the source's state machine said.
+    pub verdict: Verdict,
+    /// True if the source's publisher is to be asked for its full state now.
+    pub request_resync: bool,
+    /// State before the frame; `None` for a source that was not known.
+    pub before: Option<SourceState>,
+    /// State after the frame.
+    pub after: SourceState,
+    /// Blocks that an owner did not hold before.
+    pub stored: usize,
+    /// Blocks that an owner does not hold any more, cleared ones included.
+    pub removed: usize,
+    /// Blocks that were not stored because a bound was reached.
+    pub refused_blocks: usize,
+    /// Owners that were not taken in because a bound was reached.
+    pub refused_owners: usize,
+}
+
+/// Blocks of numbers that no owner has any more, still to be taken out of the table.
+type Retired = Vec<(OwnerNo, Vec<BlockKey>)>;
+
+// === impl Budget ===
+
+impl Budget {
+    pub(crate) fn new(max_entries: usize, max_owners: usize) -> Self {
+        Self { max_entries, max_owners, entries: AtomicUsize::new(0), owners: AtomicUsize::new(0) }
+    }
+
+    pub(crate) fn entries(&self) -> usize {
+        self.entries.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn owners(&self) -> usize {
+        self.owners.load(Ordering::Relaxed)
+    }
+
+    fn take(count: &AtomicUsize, bound: usize) -> bool {
+        count
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < bound).then_some(now + 1))
+            .is_ok()
+    }
+}
+
+// === impl ScopeIndex ===
+
+impl ScopeIndex {
+    /// Applies a frame of this scope. `None` if its source is new and there are `max_sources` already.
+    pub(crate) fn apply(
+        &self,
+        frame: &FrameView<'_>,
+        now_ms: u64,
+        max_sources: usize,
+        budget: &Budget,
+    ) -> Option<Applied> {
+        let _writer = self.writer.lock();
+        let mut state = self.state.write();
+        let header = frame.header();
+        let (no, before) = state.find_or_add_source(header, now_ms, max_sources)?;
+        let source = state.sources.get_mut(no.0)?;
+        let verdict = source.tracker.on_frame(header, now_ms);
+        let request_resync = matches!(verdict, Verdict::Gap { .. } | Verdict::NewEpochGap { .. })
+            && source.tracker.resync_due(now_ms);
+        let mut applied = Applied {
+            verdict,
+            request_resync,
+            before,
+            after: source.tracker.state(),
+            stored: 0,
+            removed: 0,
+            refused_blocks: 0,
+            refused_owners: 0,
+        };
+        let mut retired = Retired::new();
+        if matches!(verdict, Verdict::NewEpoch | Verdict::NewEpochGap { .. }) {
+            retired = state.retire_owners(no, budget);
+            applied.removed = retired.iter().map(|(_, keys)| keys.len()).sum();
+            state.set_variant(no, header.variant);
+        }
+        if matches!(verdict, Verdict::Apply | Verdict::NewEpoch) {
+            apply_operations(&mut state, no, frame, budget, &mut applied, &mut retired);
+            let source = state.sources.get_mut(no.0)?;
+            if applied.refused_blocks + applied.refused_owners > 0 {
+                source.tracker.on_over_limit();
+            }
+            applied.after = source.tracker.state();
+        }
+        purge(&mut state, retired);
+        Some(applied)
+    }
+
+    /// Ends leases. Returns what happened to whom.
+    pub(crate) fn tick(&self, now_ms: u64, budget: &Budget) -> Vec<(SourceId, Expiry)> {
+        let _writer = self.writer.lock();
+        // Nothing expires in most ticks: look without disturbing queries. The writer lock keeps this true until below.
+        let due: Vec<SourceNo> = {
+            let state = self.state.read();
+            state.sources().filter(|(_, source)| source.tracker.expires(now_ms)).map(|(no, _)| no).collect()
+        };
+        let mut expired = Vec::with_capacity(due.len());
+        for no in due {
+            let mut state = self.state.write();
+            let Some(source) = state.sources.get_mut(no.0) else { continue };
+            let Some(expiry) = source.tracker.on_tick(now_ms) else { continue };
+            expired.push((source.id.clone(), expiry));
+            if expiry == Expiry::Dropped {
+                let retired = state.retire_owners(no, budget);
+                state.drop_source(no);
+                purge(&mut state, retired);
+            }
+        }
+        expired
+    }
+
+    /// `source` started an epoch in another scope.
+    pub(crate) fn on_moved_away(&self, source: &SourceId) {
+        if !self.state.read().ids.contains_key(source) {
+            return;
+        }
+        let _writer = self.writer.lock();
+        let mut state = self.state.write();
+        if let Some(no) = state.ids.get(source).copied()
+            && let Some(entry) = state.sources.get_mut(no.0)
+        {
+            entry.tracker.on_moved_away();
+        }
+    }
+}
+
+fn apply_operations(
+    state: &mut RwLockWriteGuard<'_, ScopeState>,
+    no: SourceNo,
+    frame: &FrameView<'_>,
+    budget: &Budget,
+    applied: &mut Applied,
+    retired: &mut Retired,
+) {
+    let header = frame.header();
+    let mut owners: Vec<Option<OwnerNo>> =
+        header.owners.iter().map(|owner| state.find_or_add_owner(no, owner, budget)).collect();
+    applied.refused_owners = owners.iter().filter(|owner| owner.is_none()).count();
+    let in_pieces = header.part != FramePart::Live;
+    let mut since_pause = 0;
+    for op in frame.ops() {
+        let Some(owner) = owners[op.owner] else {
+            if let Change::Stored { keys, .. } = op.change {
+                applied.refused_blocks += keys.len();
+            }
+            continue;
+        };
+        match op.change {
+            Change::Stored { keys, .. } => {
+                for key in keys.iter() {
+                    match state.store(owner, key, budget) {
+                        Some(new) => applied.stored += usize::from(new),
+                        None => applied.refused_blocks += 1,
+                    }
+                    since_pause += 1;
+                    if in_pieces && since_pause >= SLICE_KEYS {
+                        since_pause = 0;
+                        RwLockWriteGuard::bump(state);
+                    }
+                }
+            }
+            Change::Removed(keys) => {
+                let removed = keys.iter().filter(|key| state.table.remove(owner, *key)).count();
+                budget.entries.fetch_sub(removed, Ordering::Relaxed);
+                applied.removed += removed;
+            }
+            Change::Cleared => {
+                if let Some((fresh, keys)) = state.empty_owner(owner, budget) {
+                    applied.removed += keys.len();
+                    retired.push((owner, keys));
+                    owners[op.owner] = Some(fresh);
+                }
+            }
+        }
+    }
+}
+
+/// Takes blocks of retired numbers out of the table, in slices.
+fn purge(state: &mut RwLockWriteGuard<'_, ScopeState>, retired: Retired) {
+    for (owner, keys) in retired {
+        for slice in keys.chunks(SLICE_KEYS) {
+            state.table.release(owner, slice);
+            if slice.len() == SLICE_KEYS {
+                RwLockWriteGuard::bump(state);
+            }
+        }
+        state.owners.recycle(owner.0);
+    }
+}
+
+// === impl ScopeState ===
+
+impl ScopeState {
+    /// The source's number and its state; `None` for the state of a new one.
+    fn find_or_add_source(
+        &mut self,
+        header: &FrameHeader,
+        now_ms: u64,
+        max_sources: usize,
+    ) -> Option<(SourceNo, Option<SourceState>)> {
+        if let Some(no) = self.ids.get(&header.source).copied() {
+            let before = self.sources.get(no.0).map(|source| source.tracker.state());
+            return Some((no, before));
+        }
+        if self.ids.len() >= max_sources {
+            return None;
+        }
+        let entry = SourceEntry {
+            id: header.source.clone(),
+            tracker: SourceTracker::new(now_ms),
+            variant: header.variant,
+            owners: Vec::new(),
+        };
+        let no = SourceNo(self.sources.insert(entry));
+        self.ids.insert(header.source.clone(), no);
+        *self.variants.entry(header.variant).or_default() += 1;
+        Some((no, None))
+    }
+
+    fn drop_source(&mut self, no: SourceNo) {
+        if let Some(source) = self.sources.take(no.0) {
+            self.sources.recycle(no.0);
+            self.ids.remove(&source.id);
+            self.forget_variant(source.variant);
+        }
+    }
+
+    /// A source's keys are shaped anew only with an epoch: within one, old and new keys would not fit together.
+    fn set_variant(&mut self, no: SourceNo, variant: KeyVariant) {
+        let Some(source) = self.sources.get_mut(no.0) else { return };
+        let old = std::mem::replace(&mut source.variant, variant);
+        *self.variants.entry(variant).or_default() += 1;
+        self.forget_variant(old);
+    }
+
+    fn forget_variant(&mut self, variant: KeyVariant) {
+        if let Some(count) = self.variants.get_mut(&variant) {
+            *count -= 1;
+            if *count == 0 {
+                self.variants.remove(&variant);
+            }
+        }
+    }
+
+    /// `None` if a bound was reached.
+    fn find_or_add_owner(&mut self, no: SourceNo, owner: &FrameOwner, budget: &Budget) -> Option<OwnerNo> {
+        let source = self.sources.get(no.0)?;
+        let known = source.owners.iter().copied().find(|known| {
+            self.owners.get(known.0).is_some_and(|entry| {
+                entry.tier.tier() == owner.tier
+                    && *entry.medium == *owner.medium
+                    && entry.group == owner.group
+            })
+        });
+        let full_before = self.lacks_full(no);
+        let found = if let Some(known) = known {
+            if let Some(entry) = self.owners.get_mut(known.0) {
+                entry.kind = owner.kind;
+            }
+            known
+        } else {
+            if source.owners.len() >= MAX_FRAME_OWNERS || !Budget::take(&budget.owners, budget.max_owners) {
+                return None;
+            }
+            let tier = TierName::new(owner.tier, &owner.medium);
+            let medium = owner.medium.as_str().into();
+            let entry = OwnerEntry { source: no, tier, medium, group: owner.group, kind: owner.kind };
+            let added = OwnerNo(self.owners.insert(entry));
+            self.sources.get_mut(no.0)?.owners.push(added);
+            added
+        };
+        self.count_full(full_before, self.lacks_full(no));
+        Some(found)
+    }
+
+    /// True if new, `None` if a bound was reached.
+    fn store(&mut self, owner: OwnerNo, key: BlockKey, budget: &Budget) -> Option<bool> {
+        if !Budget::take(&budget.entries, budget.max_entries) {
+            return self.table.holds(owner, key).then_some(false);
+        }
+        let new = self.table.store(owner, key);
+        if !new {
+            budget.entries.fetch_sub(1, Ordering::Relaxed);
+        }
+        Some(new)
+    }
+
+    /// Empties an owner by giving it a new number. Returns that and the blocks of the old one, to be purged.
+    fn empty_owner(&mut self, old: OwnerNo, budget: &Budget) -> Option<(OwnerNo, Vec<BlockKey>)> {
+        let entry = self.owners.take(old.0)?;
+        let source = entry.source;
+        let fresh = OwnerNo(self.owners.insert(entry));
+        let owners = &mut self.sources.get_mut(source.0)?.owners;
+        owners.iter_mut().filter(|owner| **owner == old).for_each(|owner| *owner = fresh);
+        let keys = self.table.take_keys(old);
+        budget.entries.fetch_sub(keys.len(), Ordering::Relaxed);
+        Some((fresh, keys))
+    }
+
+    /// Takes all owners away from a source. Their blocks count as gone and are to be purged.
+    fn retire_owners(&mut self, no: SourceNo, budget: &Budget) -> Retired {
+        let full_before = self.lacks_full(no);
+        let Some(source) = self.sources.get_mut(no.0) else { return Retired::new() };
+        let numbers = std::mem::take(&mut source.owners);
+        self.count_full(full_before, false);
+        budget.owners.fetch_sub(numbers.len(), Ordering::Relaxed);
+        let mut retired = Retired::with_capacity(numbers.len());
+        for owner in numbers {
+            self.owners.take(owner.0);
+            let keys = self.table.take_keys(owner);
+            budget.entries.fetch_sub(keys.len(), Ordering::Relaxed);
+            retired.push((owner, keys));
+        }
+        retired
+    }
+
+    fn lacks_full(&self, no: SourceNo) -> bool {
+        let owners = self.sources.get(no.0).map_or(&[][..], |source| &source.owners);
+        let full =
+            |owner: &OwnerNo| self.owners.get(owner.0).is_some_and(|entry| entry.kind == GroupKind::Full);
+        !owners.is_empty() && !owners.iter().any(full)
+    }
+
+    fn count_full(&mut self, before: bool, after: bool) {
+        self.without_full = self.without_full + usize::from(after) - usize::from(before);
+    }
+
+    /// True if every source that holds something has a full group, so that no match reaches beyond a block that
+    /// nobody holds.
+    pub(crate) fn runs_only(&self) -> bool {
+        self.without_full == 0
+    }
+
+    /// The ways in which sources shape their keys.
+    pub(crate) fn variants(&self) -> impl Iterator<Item = KeyVariant> + '_ {
+        self.variants.keys().copied()
+    }
+
+    /// Sources by instance and rank.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = (SourceNo, &SourceEntry)> {
+        self.ids.values().filter_map(|no| Some((*no, self.source(*no)?)))
+    }
+
+    /// The ranks of one instance, ascending.
+    pub(crate) fn ranks_of<'a>(
+        &'a self,
+        instance: &'a kvatlas_proto::InstanceId,
+    ) -> impl Iterator<Item = SourceNo> + 'a {
+        let first = SourceId { instance: instance.clone(), rank: kvatlas_proto::DpRank(0) };
+        self.ids.range(first..).take_while(move |(id, _)| id.instance == *instance).map(|(_, no)| *no)
+    }
+
+    pub(crate) fn source(&self, no: SourceNo) -> Option<&SourceEntry> {
+        self.sources.get(no.0)
+    }
+
+    pub(crate) fn owner(&self, no: OwnerNo) -> Option<&OwnerEntry> {
+        self.owners.get(no.0)
+    }
+
+    /// Owner numbers are below this.
+    pub(crate) fn owner_bound(&self) -> usize {
+        self.owners.bound()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// Says what is wrong if the parts disagree. For tests and debugging.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.table.check()?;
+        let mut blocks = 0;
+        for (no, source) in self.sources() {
+            for owner in &source.owners {
+                match self.owner(*owner) {
+                    Some(entry) if entry.source == no => blocks += self.table.blocks_of(*owner),
+                    other => return Err(format!("{} has {owner:?}, which is {other:?}", source.id)),
+                }
+            }
+        }
+        if blocks != self.table.entries() {
+            return Err(format!("sources have {blocks} blocks, the table {}", self.table.entries()));
+        }
+        let lacking = self.sources().filter(|(no, _)| self.lacks_full(*no)).count();
+        if lacking != self.without_full {
+            return Err(format!("{lacking} sources lack a full group, {} counted", self.without_full));
+        }
+        let counted: usize = self.variants.values().sum();
+        if counted != self.ids.len() {
+            return Err(format!("{} sources, {counted} variants counted", self.ids.len()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! One scope's block table: which owners hold which key.
+//!
+//! Both directions are kept: from a key to its holders (what a query walks) and from an owner to its keys (what makes
+//! clearing an owner cost its own blocks, not everybody's). The price is that each entry is stored twice.
+//!
+//! The table knows no sources, tiers or time; an owner is a number here. It has no bound of its own: [`crate::Index`]
+//! asks before it stores.
+
+use foldhash::fast::RandomState;
+use hashbrown::{HashMap, HashSet};
+use kvatlas_proto::BlockKey;
+use smallvec::SmallVec;
+
+/// Number of an owner inside one table. Given out by the table's user, dense from 0, reused after the owner was
+/// cleared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OwnerNo(pub u32);
+
+/// Holders of one key, ascending. Most blocks have few, so four fit without an allocation.
+type Holders = SmallVec<[OwnerNo; 4]>;
+type KeySet = HashSet<BlockKey, RandomState>;
+
+/// `key -> holders` and `owner -> keys`, always in agreement.
+#[derive(Debug, Default)]
+pub struct Table {
+    holders: HashMap<BlockKey, Holders, RandomState>,
+    /// By owner number; an owner that holds nothing has an empty set or none.
+    owned: Vec<KeySet>,
+    /// Number of (owner, key) pairs.
+    entries: usize,
+}
+
+// === impl Table ===
+
+impl Table {
+    /// `owner` holds `key` from now on. False if it did already.
+    pub fn store(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
+        let at = owner.0 as usize;
+        if at >= self.owned.len() {
+            self.owned.resize_with(at + 1, KeySet::default);
+        }
+        if !self.owned[at].insert(key) {
+            return false;
+        }
+        let holders = self.holders.entry(key).or_default();
+        match holders.binary_search(&owner) {
+            Ok(_) => debug_assert!(false, "a key without its owner's entry had the owner as a holder"),
+            Err(at) => holders.insert(at, owner),
+        }
+        self.entries += 1;
+        true
+    }
+
+    /// `owner` no longer holds `key`. False if it did not.
+    pub fn remove(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
+        let held = self.owned.get_mut(owner.0 as usize).is_some_and(|keys| keys.remove(&key));
+        if held {
+            self.forget_holder(owner, key);
+        }
+        held
+    }
+
+    /// `owner` holds nothing any more. Returns how many blocks that were.
+    pub fn clear(&mut self, owner: OwnerNo) -> usize {
+        let keys = self.take_keys(owner);
+        self.release(owner, &keys);
+        keys.len()
+    }
+
+    /// First half of a clear in pieces: takes the owner's keys away from it and returns them.
+    ///
+    /// Until all of them went through [`Self::release`], `owner` is still a holder of the rest in
+    /// [`Self::holders`], and its number must not be given to anybody else.
+    pub fn take_keys(&mut self, owner: OwnerNo) -> Vec<BlockKey> {
+        self.owned.get_mut(owner.0 as usize).map(std::mem::take).unwrap_or_default().into_iter().collect()
+    }
+
+    /// Second half of a clear in pieces: `owner` is no longer a holder of `keys`, which [`Self::take_keys`] returned.
+    pub fn release(&mut self, owner: OwnerNo, keys: &[BlockKey]) {
+        for &key in keys {
+            self.forget_holder(owner, key);
+        }
+    }
+
+    /// True if `owner` holds `key`.
+    pub fn holds(&self, owner: OwnerNo, key: BlockKey) -> bool {
+        self.owned.get(owner.0 as usize).is_some_and(|keys| keys.contains(&key))
+    }
+
+    /// Who holds `key`, ascending; empty if nobody does.
+    #[inline]
+    pub fn holders(&self, key: BlockKey) -> &[OwnerNo] {
+        self.holders.get(&key).map_or(&[], SmallVec::as_slice)
+    }
+
+    /// The keys of `owner`, in no particular order.
+    pub fn keys_of(&self, owner: OwnerNo) -> impl Iterator<Item = BlockKey> + '_ {
+        self.owned.get(owner.0 as usize).into_iter().flatten().copied()
+    }
+
+    /// Number of keys of `owner`.
+    pub fn blocks_of(&self, owner: OwnerNo) -> usize {
+        self.owned.get(owner.0 as usize).map_or(0, HashSet::len)
+    }
+
+    /// Number of (owner, key) pairs.
+    pub fn entries(&self) -> usize {
+        self.entries
+    }
+
+    /// Number of different keys.
+    pub fn distinct(&self) -> usize {
+        self.holders.len()
+    }
+
+    /// Says what is wrong if the two directions disagree. Costs a walk over everything; for tests and debugging, and
+    /// not between [`Self::take_keys`] and its last [`Self::release`].
+    pub fn check(&self) -> Result<(), String> {
+        let mut pairs = 0;
+        for (key, holders) in &self.holders {
+            if holders.is_empty() || !holders.is_sorted_by(|a, b| a < b) {
+                return Err(format!("holders of {key:?} are empty or out of order: {holders:?}"));
+            }
+            if let Some(owner) = holders.iter().find(|&&owner| !self.holds(owner, *key)) {
+                return Err(format!("{owner:?} is a holder of {key:?} but does not have it"));
+            }
+            pairs += holders.len();
+        }
+        let owned: usize = self.owned.iter().map(HashSet::len).sum();
+        if pairs != owned || pairs != self.entries {
+            return Err(format!("{pairs} holders, {owned} owned keys, {} counted", self.entries));
+        }
+        Ok(())
+    }
+
+    fn forget_holder(&mut self, owner: OwnerNo, key: BlockKey) {
+        if let hashbrown::hash_map::Entry::Occupied(mut entry) = self.holders.entry(key)
+            && let Ok(at) = entry.get().binary_search(&owner)
+        {
+            entry.get_mut().remove(at);
+            self.entries -= 1;
+            if entry.get().is_empty() {
+                entry.remove();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::naive::NaiveTable;
+
+    #[derive(Clone, Debug)]
+    enum Operation {
+        Store(u32, u64),
+        Remove(u32, u64),
+        Clear(u32),
+    }
+
+    const OWNERS: u32 = 5;
+    const KEYS: u64 = 12;
+
+    fn operation() -> impl Strategy<Value = Operation> {
+        prop_oneof![
+            6 => (0..OWNERS, 0..KEYS).prop_map(|(owner, key)| Operation::Store(owner, key)),
+            4 => (0..OWNERS, 0..KEYS).prop_map(|(owner, key)| Operation::Remove(owner, key)),
+            1 => (0..OWNERS).prop_map(Operation::Clear),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn presence_and_match_equal_the_naive_model_for_every_owner(
+            script in proptest::collection::vec(operation(), 0..200),
+            prompt in proptest::collection::vec(0..KEYS, 0..10),
+        ) {
+            let (mut table, mut naive) = (Table::default(), NaiveTable::default());
+            for operation in script {
+                match operation {
+                    Operation::Store(owner, key) => prop_assert_eq!(
+                        table.store(OwnerNo(owner), BlockKey(key)),
+                        naive.store(OwnerNo(owner), BlockKey(key))
+                    ),
+                    Operation::Remove(owner, key) => prop_assert_eq!(
+                        table.remove(OwnerNo(owner), BlockKey(key)),
+                        naive.remove(OwnerNo(owner), BlockKey(key))
+                    ),
+                    Operation::Clear(owner) => {
+                        prop_assert_eq!(table.clear(OwnerNo(owner)), naive.clear(OwnerNo(owner)));
+                    }
+                }
+                prop_assert_eq!(table.check(), Ok(()));
+            }
+            let prompt: Vec<BlockKey> = prompt.into_iter().map(BlockKey).collect();
+            for owner in (0..OWNERS).map(OwnerNo) {
+                let run = prompt.iter().take_while(|key| table.holders(**key).contains(&owner)).count();
+                prop_assert_eq!(run, naive.match_depth(owner, &prompt));
+                for key in (0..KEYS).map(BlockKey) {
+                    prop_assert_eq!(table.holds(owner, key), naive.holds(owner, key));
+                    prop_assert_eq!(table.holders(key).contains(&owner), naive.holds(owner, key));
+                }
+                let mut keys: Vec<_> = table.keys_of(owner).collect();
+                keys.sort_unstable();
+                prop_assert_eq!(keys, naive.sorted_keys(owner));
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_that_nobody_holds_leaves_nothing_behind() {
+        let mut table = Table::default();
+        assert!(table.store(OwnerNo(3), BlockKey(1)));
+        assert!(table.remove(OwnerNo(3), BlockKey(1)));
+        assert_eq!((table.distinct(), table.entries()), (0, 0));
+        assert!(!table.remove(OwnerNo(9), BlockKey(1)), "an owner never seen holds nothing");
+    }
+}
