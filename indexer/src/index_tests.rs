@@ -381,6 +381,35 @@ fn a_seed_of_the_operator_separates_indexes() {
     assert_eq!(depths(&secret, &by_tokens(&tokens, PromptExtras::default())).len(), 1);
 }
 
+#[test]
+fn queries_beside_changes_never_see_a_moving_block_in_neither_tier() {
+    let (index, mut a) = (index(), Publisher::new("m", "a:1"));
+    // More than a slice, so that emptied owners are taken out of the table in pieces.
+    let keys: Vec<u64> = (0..10_000).collect();
+    send(&index, &mut a, &[Op::Stored(0, keys.clone())]);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                threads.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        assert_eq!(depth(&index, "m", &keys), 10_000);
+                    }
+                })
+            })
+            .collect();
+        for round in 0..30u8 {
+            let (from, to) = (round % 2, (round + 1) % 2);
+            send(&index, &mut a, &[Op::Cleared(from), Op::Stored(to, keys.clone())]);
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        for reader in readers {
+            reader.join().expect("a reader saw a hole");
+        }
+    });
+    assert_eq!(index.totals().blocks, 10_000);
+}
+
 const NAMES: [&str; 3] = ["a:1", "b:1", "c:1"];
 
 #[derive(Clone, Debug)]

@@ -10,14 +10,24 @@
 //! The shell around it is [`IndexServer`]: it reads frames from a bus, serves gRPC and a small HTTP port, and ends
 //! leases.
 
+mod answer;
 mod bits;
+mod burst;
+mod clock;
+mod http;
 mod index;
+mod ingest;
 pub mod matching;
+mod metrics;
 pub mod naive;
 mod query;
+mod request;
 mod scope_index;
+mod server;
+mod service;
 mod slots;
 pub mod sources;
+mod status;
 pub mod table;
 
 // Shared with the integration tests, where `pub` is needed.
@@ -33,3 +43,11 @@ pub use index::{
     OwnerFilter, OwnerInfo, SourceInfo,
 };
 pub use query::{PromptInput, ScoreAnswer, ScoreQuery, ScoreRow};
+pub use request::{
+    MAX_CANDIDATES, MAX_MULTIMODAL_ITEMS, MAX_PROMPT_BLOCKS, MAX_PROMPT_KEYS, MAX_PROMPT_TOKENS,
+};
+pub use server::{
+    DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
+    RunningIndexServer, StartError,
+};
+pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};

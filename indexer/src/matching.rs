@@ -88,7 +88,7 @@ pub struct TierWeights {
 }
 
 /// A weight was not a number from 0 to 1, or the tier cannot have one.
-#[derive(Debug, thiserror::Error, PartialEq)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum WeightError {
     /// Out of range.
     #[error("weight {weight} of tier {} is out of range: give 0 to 1", tier.name())]

@@ -1,0 +1,188 @@
+//! The server's metrics, as fields: registered once, counted where things happen.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::index::IndexTotals;
+use crate::sources::{DegradedReason, SourceState};
+
+/// Why something was dropped, refused or counted apart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ReasonLabel {
+    pub(crate) reason: &'static str,
+}
+
+/// A call and how it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct CallLabel {
+    pub(crate) call: &'static str,
+    pub(crate) result: &'static str,
+}
+
+/// State of a source.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct StateLabel {
+    state: &'static str,
+    /// Empty unless degraded.
+    reason: &'static str,
+}
+
+/// What the server counts.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    pub(crate) frames_applied: Counter,
+    pub(crate) frames_bad: Family<ReasonLabel, Counter>,
+    pub(crate) frames_duplicate: Counter,
+    pub(crate) frames_stale_epoch: Counter,
+    pub(crate) frames_after_gap: Counter,
+    pub(crate) frames_refused: Family<ReasonLabel, Counter>,
+    pub(crate) gaps: Counter,
+    pub(crate) epochs: Counter,
+    pub(crate) resync_requests: Counter,
+    pub(crate) resync_failures: Family<ReasonLabel, Counter>,
+    pub(crate) blocks_stored: Counter,
+    pub(crate) blocks_removed: Counter,
+    pub(crate) blocks_refused: Counter,
+    pub(crate) owners_refused: Counter,
+    pub(crate) sources_expired: Family<ReasonLabel, Counter>,
+    pub(crate) calls: Family<CallLabel, Counter>,
+    pub(crate) lookup: LookupHistogram,
+    scopes: Gauge,
+    blocks: Gauge,
+    distinct_blocks: Gauge,
+    owners: Gauge,
+    sources: Family<StateLabel, Gauge>,
+}
+
+/// Look-up times, seconds.
+#[derive(Clone, Debug)]
+pub(crate) struct LookupHistogram(pub(crate) Histogram);
+
+const ALL_STATES: [SourceState; 8] = [
+    SourceState::Syncing,
+    SourceState::Live,
+    SourceState::Degraded(DegradedReason::JoinedLate),
+    SourceState::Degraded(DegradedReason::EventsLost),
+    SourceState::Degraded(DegradedReason::Undecodable),
+    SourceState::Degraded(DegradedReason::OverLimit),
+    SourceState::Degraded(DegradedReason::FramesLost),
+    SourceState::Gone,
+];
+
+// === impl LookupHistogram ===
+
+impl Default for LookupHistogram {
+    /// From 1 us, doubling 18 times to 0.26 s: a look-up takes microseconds, the longest prompts milliseconds.
+    fn default() -> Self {
+        Self(Histogram::new(exponential_buckets(1e-6, 2.0, 19)))
+    }
+}
+
+// === impl Metrics ===
+
+impl Metrics {
+    /// Registers every field under `kvatlas_index_`.
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("kvatlas_index");
+        let counters = [
+            ("frames_applied", "Event frames that were applied.", &self.frames_applied),
+            (
+                "frames_duplicate",
+                "Event frames that were dropped because they were seen before.",
+                &self.frames_duplicate,
+            ),
+            (
+                "frames_stale_epoch",
+                "Event frames that were dropped because their publisher's lifetime is over.",
+                &self.frames_stale_epoch,
+            ),
+            (
+                "frames_after_gap",
+                "Event frames that were dropped because frames before them are missing, the first of each gap included.",
+                &self.frames_after_gap,
+            ),
+            (
+                "gaps",
+                "Times a source went from complete to missing frames, or was first seen in that state.",
+                &self.gaps,
+            ),
+            ("epochs", "Publisher lifetimes that started.", &self.epochs),
+            ("resync_requests", "Requests for a source's full state that were sent.", &self.resync_requests),
+            ("blocks_stored", "Blocks that an owner did not hold before.", &self.blocks_stored),
+            ("blocks_removed", "Blocks that an owner does not hold any more.", &self.blocks_removed),
+            (
+                "blocks_refused",
+                "Blocks that were not stored because a bound was reached.",
+                &self.blocks_refused,
+            ),
+            (
+                "owners_refused",
+                "Owners in frames that were not taken in because a bound was reached.",
+                &self.owners_refused,
+            ),
+        ];
+        for (name, help, counter) in counters {
+            registry.register(name, help, counter.clone());
+        }
+        let by_reason = [
+            (
+                "frames_bad",
+                "Event frames that were dropped because they are not valid, by reason.",
+                &self.frames_bad,
+            ),
+            (
+                "frames_refused",
+                "Event frames that were dropped because a bound was reached, by which one.",
+                &self.frames_refused,
+            ),
+            (
+                "resync_failures",
+                "Requests for a source's full state that were not sent, by reason; the next gap asks again.",
+                &self.resync_failures,
+            ),
+            ("sources_expired", "Sources whose lease ended, or that were dropped.", &self.sources_expired),
+        ];
+        for (name, help, family) in by_reason {
+            registry.register(name, help, family.clone());
+        }
+        registry.register("calls", "gRPC calls, and requests inside streams, by result.", self.calls.clone());
+        registry.register_with_unit(
+            "lookup",
+            "Time of a score look-up on the server, without the network.",
+            Unit::Seconds,
+            self.lookup.0.clone(),
+        );
+        let gauges = [
+            ("scopes", "Key spaces: model, block size, key version and tenant.", &self.scopes),
+            ("blocks", "Blocks held, counted once per owner.", &self.blocks),
+            ("distinct_blocks", "Different blocks held, counted once per scope.", &self.distinct_blocks),
+            ("owners", "Owners: tier and cache group of a source.", &self.owners),
+        ];
+        for (name, help, gauge) in gauges {
+            registry.register(name, help, gauge.clone());
+        }
+        registry.register("sources", "Sources (instance and rank) by state.", self.sources.clone());
+    }
+
+    /// Takes over the sizes of the index; called before each scrape.
+    pub(crate) fn set_totals(&self, totals: &IndexTotals) {
+        self.scopes.set(totals.scopes as i64);
+        self.blocks.set(totals.blocks as i64);
+        self.distinct_blocks.set(totals.distinct_blocks as i64);
+        self.owners.set(totals.owners as i64);
+        // All of them, so that a state that nobody is in any more goes back to 0.
+        for state in ALL_STATES {
+            let label = StateLabel { state: state.name(), reason: state.degraded_reason() };
+            let count = totals.sources.get(&state).copied().unwrap_or(0);
+            self.sources.get_or_create(&label).set(count as i64);
+        }
+    }
+
+    pub(crate) fn count_call(&self, call: &'static str, result: &'static str) {
+        self.calls.get_or_create(&CallLabel { call, result }).inc();
+    }
+}

@@ -1,0 +1,329 @@
+//! From gRPC requests to queries: every range the contract states is checked here, once, at the door. Pure.
+
+use kvatlas_proto::Tier;
+use kvatlas_proto::grpc as pb;
+use kvatlas_proto::keys::{MultimodalItem, PromptExtras};
+use kvatlas_proto::scope::{MAX_BLOCK_SIZE, MAX_MODEL_BYTES, MAX_TENANT_BYTES};
+
+use crate::index::OwnerFilter;
+use crate::matching::{TierWeights, WeightError};
+use crate::query::{PromptInput, ScoreQuery};
+
+/// Most token ids of a prompt. Longer contexts than any served model's; at 16 a block this is 65,536 blocks.
+pub const MAX_PROMPT_TOKENS: usize = 1_048_576;
+/// Most block keys of a request, in either form: two megabytes of them.
+pub const MAX_PROMPT_KEYS: usize = 262_144;
+/// Most blocks of a prompt, base of a suffix included: one token a block at the longest prompt.
+pub const MAX_PROMPT_BLOCKS: u32 = 1_048_576;
+/// Most candidates of a request: more pods than one endpoint picker sees.
+pub const MAX_CANDIDATES: usize = 4_096;
+/// Most multimodal items of a prompt; each block is compared with each of them.
+pub const MAX_MULTIMODAL_ITEMS: usize = 1_024;
+
+/// A request is missing something or out of range.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub(crate) enum RequestError {
+    #[error("prompt is missing: give a model and token_ids, block_keys or suffix")]
+    PromptMissing,
+    #[error(
+        "prompt.input is missing: give token_ids (an empty list is an empty prompt), block_keys or suffix"
+    )]
+    InputMissing,
+    #[error("model has {0} bytes: give 1 to {MAX_MODEL_BYTES}")]
+    Model(usize),
+    #[error("tenant has {0} bytes: give at most {MAX_TENANT_BYTES}")]
+    Tenant(usize),
+    #[error("tenant is given without model: name both, or neither for all")]
+    TenantAlone,
+    #[error("block_size {0} is out of range: give 1 to {MAX_BLOCK_SIZE} tokens, or 0 for every size in use")]
+    BlockSize(u32),
+    #[error("block_size is missing: block_keys and suffix need the size that their keys were computed with")]
+    BlockSizeMissing,
+    #[error("prompt has {0} token ids: give at most {MAX_PROMPT_TOKENS}")]
+    TooManyTokens(usize),
+    #[error("prompt has {0} block keys: give at most {MAX_PROMPT_KEYS}")]
+    TooManyKeys(usize),
+    #[error(
+        "suffix.base_blocks is missing: give the number of blocks up to and including the base key's, at least 1"
+    )]
+    BaseBlocksMissing,
+    #[error("suffix ends at block {0}: give at most {MAX_PROMPT_BLOCKS} blocks, the base's included")]
+    TooManyBlocks(u64),
+    #[error("prompt_tokens {tokens} is less than the {blocks} blocks of {block_size} tokens that were given")]
+    PromptTokens { tokens: u32, blocks: u32, block_size: u32 },
+    #[error("prompt has {0} multimodal items: give at most {MAX_MULTIMODAL_ITEMS}")]
+    TooManyItems(usize),
+    #[error("multimodal item {0} has length 0: give its number of placeholder tokens, at least 1")]
+    EmptyItem(usize),
+    #[error("request has {0} candidates: give at most {MAX_CANDIDATES}")]
+    TooManyCandidates(usize),
+    #[error(
+        "weights: tier {0} is not one that can have a weight: give TIER_GPU, TIER_CPU, TIER_SSD or TIER_REMOTE"
+    )]
+    WeightTier(i32),
+    #[error("weights: {0}")]
+    Weight(#[from] WeightError),
+}
+
+/// Checks a score request. `weights` are the server's, for tiers that the request does not list.
+pub(crate) fn score_query(
+    request: &pb::ScoreRequest,
+    weights: TierWeights,
+) -> Result<ScoreQuery<'_>, RequestError> {
+    let prompt = request.prompt.as_ref().ok_or(RequestError::PromptMissing)?;
+    check_scope(&prompt.model, &prompt.tenant)?;
+    if request.candidates.len() > MAX_CANDIDATES {
+        return Err(RequestError::TooManyCandidates(request.candidates.len()));
+    }
+    let block_size = optional_block_size(prompt.block_size)?;
+    Ok(ScoreQuery {
+        model: &prompt.model,
+        tenant: &prompt.tenant,
+        block_size,
+        input: prompt_input(prompt, block_size)?,
+        candidates: &request.candidates,
+        weights: request.weights.iter().try_fold(weights, with_weight)?,
+        limit: (request.limit > 0).then_some(request.limit as usize),
+    })
+}
+
+/// Checks a list request.
+pub(crate) fn list_filter(request: pb::ListOwnersRequest) -> Result<OwnerFilter, RequestError> {
+    let model = if request.model.is_empty() {
+        if !request.tenant.is_empty() {
+            return Err(RequestError::TenantAlone);
+        }
+        None
+    } else {
+        check_scope(&request.model, &request.tenant)?;
+        Some((request.model, request.tenant))
+    };
+    Ok(OwnerFilter { model, instance: some_text(request.instance), block_size: None })
+}
+
+/// Checks a dump request.
+pub(crate) fn dump_filter(request: pb::DumpRequest) -> Result<OwnerFilter, RequestError> {
+    check_scope(&request.model, &request.tenant)?;
+    Ok(OwnerFilter {
+        block_size: optional_block_size(request.block_size)?,
+        instance: some_text(request.instance),
+        model: Some((request.model, request.tenant)),
+    })
+}
+
+fn check_scope(model: &str, tenant: &str) -> Result<(), RequestError> {
+    if model.is_empty() || model.len() > MAX_MODEL_BYTES {
+        return Err(RequestError::Model(model.len()));
+    }
+    if tenant.len() > MAX_TENANT_BYTES {
+        return Err(RequestError::Tenant(tenant.len()));
+    }
+    Ok(())
+}
+
+fn optional_block_size(block_size: u32) -> Result<Option<u32>, RequestError> {
+    match block_size {
+        0 => Ok(None),
+        size if size <= MAX_BLOCK_SIZE => Ok(Some(size)),
+        size => Err(RequestError::BlockSize(size)),
+    }
+}
+
+fn prompt_input(prompt: &pb::Prompt, block_size: Option<u32>) -> Result<PromptInput<'_>, RequestError> {
+    match prompt.input.as_ref().ok_or(RequestError::InputMissing)? {
+        pb::prompt::Input::TokenIds(tokens) => {
+            if tokens.ids.len() > MAX_PROMPT_TOKENS {
+                return Err(RequestError::TooManyTokens(tokens.ids.len()));
+            }
+            Ok(PromptInput::Tokens { ids: &tokens.ids, extras: extras(prompt)? })
+        }
+        pb::prompt::Input::BlockKeys(block_keys) => {
+            let keys = check_keys(&block_keys.keys)?;
+            let prompt_tokens = prompt_tokens(prompt, block_size, keys.len() as u32)?;
+            Ok(PromptInput::Keys { keys, prompt_tokens })
+        }
+        pb::prompt::Input::Suffix(suffix) => {
+            let keys = check_keys(&suffix.keys)?;
+            if suffix.base_blocks == 0 {
+                return Err(RequestError::BaseBlocksMissing);
+            }
+            let blocks = u64::from(suffix.base_blocks) + keys.len() as u64;
+            if blocks > u64::from(MAX_PROMPT_BLOCKS) {
+                return Err(RequestError::TooManyBlocks(blocks));
+            }
+            let prompt_tokens = prompt_tokens(prompt, block_size, blocks as u32)?;
+            let (base_key, base_blocks) = (suffix.base_key, suffix.base_blocks);
+            Ok(PromptInput::Suffix { base_key, base_blocks, keys, prompt_tokens })
+        }
+    }
+}
+
+fn check_keys(keys: &[u64]) -> Result<&[u64], RequestError> {
+    if keys.len() > MAX_PROMPT_KEYS { Err(RequestError::TooManyKeys(keys.len())) } else { Ok(keys) }
+}
+
+/// Keys carry no length: it is as the caller says, if it can be.
+fn prompt_tokens(
+    prompt: &pb::Prompt,
+    block_size: Option<u32>,
+    blocks: u32,
+) -> Result<Option<u32>, RequestError> {
+    let block_size = block_size.ok_or(RequestError::BlockSizeMissing)?;
+    match prompt.prompt_tokens {
+        0 => Ok(None),
+        tokens if u64::from(tokens) < u64::from(blocks) * u64::from(block_size) => {
+            Err(RequestError::PromptTokens { tokens, blocks, block_size })
+        }
+        tokens => Ok(Some(tokens)),
+    }
+}
+
+fn extras(prompt: &pb::Prompt) -> Result<PromptExtras, RequestError> {
+    if prompt.multimodal.len() > MAX_MULTIMODAL_ITEMS {
+        return Err(RequestError::TooManyItems(prompt.multimodal.len()));
+    }
+    if let Some(at) = prompt.multimodal.iter().position(|item| item.length == 0) {
+        return Err(RequestError::EmptyItem(at));
+    }
+    let item = |item: &pb::MultimodalItem| MultimodalItem {
+        identifier: item.identifier.clone(),
+        offset: item.offset,
+        length: item.length,
+    };
+    Ok(PromptExtras {
+        lora_name: some_text(prompt.lora_name.clone()),
+        cache_salt: some_text(prompt.cache_salt.clone()),
+        multimodal: prompt.multimodal.iter().map(item).collect(),
+    })
+}
+
+fn with_weight(weights: TierWeights, weight: &pb::TierWeight) -> Result<TierWeights, RequestError> {
+    let tier = match pb::Tier::try_from(weight.tier) {
+        Ok(pb::Tier::Gpu) => Tier::Gpu,
+        Ok(pb::Tier::Cpu) => Tier::Cpu,
+        Ok(pb::Tier::Ssd) => Tier::Ssd,
+        Ok(pb::Tier::Remote) => Tier::Remote,
+        Ok(pb::Tier::Unspecified | pb::Tier::Unknown) | Err(_) => {
+            return Err(RequestError::WeightTier(weight.tier));
+        }
+    };
+    Ok(weights.with(tier, weight.weight)?)
+}
+
+fn some_text(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(input: pb::prompt::Input) -> pb::ScoreRequest {
+        let prompt =
+            pb::Prompt { model: "m".into(), block_size: 16, input: Some(input), ..pb::Prompt::default() };
+        pb::ScoreRequest { prompt: Some(prompt), ..pb::ScoreRequest::default() }
+    }
+
+    fn tokens(count: usize) -> pb::prompt::Input {
+        pb::prompt::Input::TokenIds(pb::TokenIds { ids: vec![1; count] })
+    }
+
+    fn keys(count: usize) -> pb::prompt::Input {
+        pb::prompt::Input::BlockKeys(pb::BlockKeys { keys: vec![1; count] })
+    }
+
+    fn suffix(base_blocks: u32, count: usize) -> pb::prompt::Input {
+        pb::prompt::Input::Suffix(pb::Suffix { base_key: 7, base_blocks, keys: vec![1; count] })
+    }
+
+    fn refused(
+        input: pb::prompt::Input,
+        change: impl FnOnce(&mut pb::ScoreRequest, &mut pb::Prompt),
+    ) -> RequestError {
+        let mut request = request(input);
+        let mut prompt = request.prompt.take().unwrap();
+        change(&mut request, &mut prompt);
+        request.prompt = Some(prompt);
+        score_query(&request, TierWeights::default()).unwrap_err()
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let weights = TierWeights::default();
+        assert_eq!(
+            score_query(&pb::ScoreRequest::default(), weights).unwrap_err(),
+            RequestError::PromptMissing
+        );
+        assert_eq!(refused(tokens(1), |_, prompt| prompt.input = None), RequestError::InputMissing);
+        assert_eq!(refused(tokens(1), |_, prompt| prompt.model.clear()), RequestError::Model(0));
+        assert_eq!(refused(keys(1), |_, prompt| prompt.block_size = 0), RequestError::BlockSizeMissing);
+        assert_eq!(refused(suffix(1, 1), |_, prompt| prompt.block_size = 0), RequestError::BlockSizeMissing);
+        assert_eq!(refused(suffix(0, 1), |_, _| ()), RequestError::BaseBlocksMissing);
+    }
+
+    #[test]
+    fn limits_are_inclusive() {
+        let ok = |input| score_query(&request(input), TierWeights::default()).map(|_| ());
+        assert_eq!(ok(tokens(0)), Ok(()));
+        assert_eq!(ok(tokens(MAX_PROMPT_TOKENS)), Ok(()));
+        assert_eq!(
+            ok(tokens(MAX_PROMPT_TOKENS + 1)),
+            Err(RequestError::TooManyTokens(MAX_PROMPT_TOKENS + 1))
+        );
+        assert_eq!(ok(keys(MAX_PROMPT_KEYS)), Ok(()));
+        assert_eq!(ok(keys(MAX_PROMPT_KEYS + 1)), Err(RequestError::TooManyKeys(MAX_PROMPT_KEYS + 1)));
+        assert_eq!(ok(suffix(MAX_PROMPT_BLOCKS - 1, 1)), Ok(()));
+        assert_eq!(ok(suffix(u32::MAX, 1)), Err(RequestError::TooManyBlocks(1 << 32)));
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let long = "x".repeat(300);
+        assert_eq!(refused(tokens(1), |_, prompt| prompt.model = long.clone()), RequestError::Model(300));
+        assert_eq!(refused(tokens(1), |_, prompt| prompt.tenant = long.clone()), RequestError::Tenant(300));
+        assert_eq!(
+            refused(tokens(1), |_, prompt| prompt.block_size = 65_537),
+            RequestError::BlockSize(65_537)
+        );
+        assert_eq!(
+            refused(tokens(1), |request, _| request.candidates = vec![String::new(); MAX_CANDIDATES + 1]),
+            RequestError::TooManyCandidates(MAX_CANDIDATES + 1)
+        );
+        assert_eq!(
+            refused(keys(4), |_, prompt| prompt.prompt_tokens = 63),
+            RequestError::PromptTokens { tokens: 63, blocks: 4, block_size: 16 }
+        );
+        assert_eq!(
+            refused(tokens(1), |_, prompt| prompt.multimodal = vec![pb::MultimodalItem::default()]),
+            RequestError::EmptyItem(0)
+        );
+        assert_eq!(
+            refused(tokens(1), |_, prompt| {
+                prompt.multimodal = vec![pb::MultimodalItem::default(); MAX_MULTIMODAL_ITEMS + 1];
+            }),
+            RequestError::TooManyItems(MAX_MULTIMODAL_ITEMS + 1)
+        );
+    }
+
+    #[test]
+    fn weights_replace_only_the_tiers_they_name() {
+        let weight = |tier: pb::Tier, weight| pb::TierWeight { tier: tier.into(), weight };
+        let mut good = request(tokens(1));
+        good.weights = vec![weight(pb::Tier::Cpu, 0.1)];
+        let weights = score_query(&good, TierWeights::default()).unwrap().weights;
+        assert_eq!((weights.of(Tier::Cpu), weights.of(Tier::Gpu)), (0.1, 1.0));
+        for tier in [pb::Tier::Unspecified, pb::Tier::Unknown] {
+            let error = refused(tokens(1), |request, _| request.weights = vec![weight(tier, 0.5)]);
+            assert_eq!(error, RequestError::WeightTier(tier.into()));
+        }
+        let error = refused(tokens(1), |request, _| request.weights = vec![weight(pb::Tier::Gpu, 1.5)]);
+        assert!(error.to_string().contains("1.5") && error.to_string().contains("gpu"), "{error}");
+    }
+
+    #[test]
+    fn a_tenant_without_a_model_is_refused_in_lists() {
+        let request = pb::ListOwnersRequest { tenant: "t".into(), ..pb::ListOwnersRequest::default() };
+        assert_eq!(list_filter(request).unwrap_err(), RequestError::TenantAlone);
+        assert_eq!(dump_filter(pb::DumpRequest::default()).unwrap_err(), RequestError::Model(0));
+    }
+}

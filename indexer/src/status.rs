@@ -1,0 +1,99 @@
+//! Every error of the gRPC calls and its status code, in one place.
+
+use kvatlas_proto::grpc as pb;
+use tonic::{Code, Status};
+
+use crate::index::BlockSizeMismatch;
+use crate::request::RequestError;
+
+/// Why a score request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ScoreError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error(transparent)]
+    BlockSize(#[from] BlockSizeMismatch),
+}
+
+/// The server answers as many such calls at a time as it takes.
+#[derive(Debug, thiserror::Error)]
+#[error("this server has {bound} open {call} calls, its limit: retry later or on another server")]
+pub(crate) struct AdmissionError {
+    pub(crate) call: &'static str,
+    pub(crate) bound: usize,
+}
+
+/// A call of the contract that this server does not answer yet.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} is part of kvatlas.v1, but this server does not answer it yet; {instead}")]
+pub(crate) struct NotAnsweredError {
+    pub(crate) call: &'static str,
+    pub(crate) instead: &'static str,
+}
+
+/// The server is going away while a stream is open.
+#[derive(Debug, thiserror::Error)]
+#[error("this server is stopping: open the stream again, on another server")]
+pub(crate) struct StoppingError;
+
+/// Reading an owner's keys for a dump was abandoned half-way.
+#[derive(Debug, thiserror::Error)]
+#[error("the dump was interrupted: ask again")]
+pub(crate) struct DumpInterruptedError;
+
+impl From<RequestError> for Status {
+    fn from(error: RequestError) -> Self {
+        Self::invalid_argument(error.to_string())
+    }
+}
+
+impl From<ScoreError> for Status {
+    fn from(error: ScoreError) -> Self {
+        match error {
+            ScoreError::Request(error) => error.into(),
+            ScoreError::BlockSize(error) => Self::failed_precondition(error.to_string()),
+        }
+    }
+}
+
+impl From<AdmissionError> for Status {
+    fn from(error: AdmissionError) -> Self {
+        Self::resource_exhausted(error.to_string())
+    }
+}
+
+impl From<NotAnsweredError> for Status {
+    fn from(error: NotAnsweredError) -> Self {
+        Self::unimplemented(error.to_string())
+    }
+}
+
+impl From<StoppingError> for Status {
+    fn from(error: StoppingError) -> Self {
+        Self::unavailable(error.to_string())
+    }
+}
+
+impl From<DumpInterruptedError> for Status {
+    fn from(error: DumpInterruptedError) -> Self {
+        Self::internal(error.to_string())
+    }
+}
+
+/// A status as a message inside a stream that goes on.
+pub(crate) fn call_error(status: &Status) -> pb::CallError {
+    pb::CallError { code: status.code().into(), message: status.message().to_owned() }
+}
+
+/// Name of a code for metric labels.
+pub(crate) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "ok",
+        Code::InvalidArgument => "invalid_argument",
+        Code::FailedPrecondition => "failed_precondition",
+        Code::ResourceExhausted => "resource_exhausted",
+        Code::Unimplemented => "unimplemented",
+        Code::Unavailable => "unavailable",
+        _ => "other",
+    }
+}

@@ -1,0 +1,218 @@
+//! The server around the index: ports, events, re-sync requests, health, reflection, pages, shutdown.
+
+mod common;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use common::frames::{Op, Publisher};
+use common::{PATIENCE, Stage, any_port, ask_keys, bus, channel, config};
+use kvatlas_bus::Bus;
+use kvatlas_index::{IndexServer, IndexServerConfig, StartError};
+use kvatlas_proto::grpc as pb;
+use kvatlas_proto::subject::{Shard, Subjects};
+use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+#[tokio::test]
+async fn an_address_in_use_is_named() {
+    let stage = Stage::start().await;
+    let taken = stage.server.grpc_addr();
+    let error = IndexServer::start(IndexServerConfig::new(taken), bus()).await.err().unwrap();
+    assert!(matches!(&error, StartError::Listen { address, .. } if *address == taken));
+    assert!(error.to_string().contains(&taken.to_string()) && error.to_string().contains("gRPC"), "{error}");
+    let http = IndexServerConfig { http_listen: Some(taken), ..config() };
+    let error = IndexServer::start(http, bus()).await.err().unwrap();
+    assert!(error.to_string().contains("HTTP"), "{error}");
+}
+
+#[tokio::test]
+async fn a_source_first_heard_in_the_middle_is_asked_for_everything_and_heals() {
+    let stage = Stage::start().await;
+    let mut a = Publisher::new("m", "10.0.0.7:8000");
+    let control = Subjects::default().control(&a.header.source);
+    let mut requests = stage.bus.subscribe(control.clone()).await.unwrap();
+    a.frame(&[]);
+    stage.publish_only(&mut a, &[Op::Stored(0, vec![1])]).await;
+    let request = tokio::time::timeout(PATIENCE, requests.recv()).await.unwrap().unwrap();
+    assert_eq!((request.subject, request.payload.len()), (control, 0));
+
+    let source = pb::ListOwnersRequest { instance: "10.0.0.7:8000".into(), ..Default::default() };
+    let sources = stage.atlas.clone().list_owners(source).await.unwrap().into_inner().sources;
+    assert_eq!(sources[0].state(), pb::SourceState::Degraded);
+    assert_eq!((sources[0].degraded_reason.as_str(), sources[0].applied_seq), ("frames_lost", None));
+
+    stage.publish(a.epoch(2), &[Op::Stored(0, vec![1])]).await;
+    let row = stage.score(ask_keys("m", [1])).await.unwrap().instances.remove(0);
+    assert_eq!(row.state(), pb::SourceState::Live);
+}
+
+#[tokio::test]
+async fn bad_frames_are_dropped_and_counted_by_reason() {
+    let stage = Stage::start().await;
+    let mut a = Publisher::new("m", "a:1");
+    let subjects = Subjects::default();
+    let scope = a.header.scope.token();
+    let own = subjects.events(scope, Shard::All, &a.header.source);
+    let good = a.frame(&[Op::Stored(0, vec![1])]);
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    let mut newer = good.clone();
+    newer[4] = 9;
+    let other = subjects.events(scope, Shard::All, &Publisher::new("m", "b:1").header.source);
+    let messages = [
+        (own.clone(), vec![], "size"),
+        (own.clone(), vec![0; 64], "magic"),
+        (own.clone(), damaged, "checksum"),
+        (own.clone(), newer, "version"),
+        (other, good.clone(), "subject_mismatch"),
+        (subjects.events(scope, Shard::Virtual(3), &a.header.source), good.clone(), "sharded"),
+        ("kvatlas.v1.ev.nonsense".to_owned(), good.clone(), "subject"),
+    ];
+    for (subject, payload, _) in &messages {
+        stage.bus.publish(subject.clone(), Bytes::from(payload.clone())).await.unwrap();
+    }
+    // What comes after is taken in: nothing got stuck.
+    stage.bus.publish(own, Bytes::from(good)).await.unwrap();
+    stage.until("the good frame is applied", || stage.server.index().totals().blocks == 1).await;
+    let (_, text) = stage.get("/metrics").await;
+    for (_, _, reason) in messages {
+        let line = format!("kvatlas_index_frames_bad_total{{reason=\"{reason}\"}} 1");
+        assert!(text.contains(&line), "{line} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn the_pages_show_metrics_with_help_and_readiness() {
+    let stage = Stage::start().await;
+    let mut a = Publisher::new("m", "a:1");
+    stage.publish(&mut a, &[Op::Stored(0, vec![1, 2]), Op::Stored(1, vec![1])]).await;
+    stage.score(ask_keys("m", [1])).await.unwrap();
+    stage.score(pb::ScoreRequest::default()).await.unwrap_err();
+    let (status, text) = stage.get("/metrics").await;
+    assert!(status.contains("200"), "{status}");
+    for line in [
+        "kvatlas_index_frames_applied_total 1",
+        "kvatlas_index_blocks 3",
+        "kvatlas_index_distinct_blocks 2",
+        "kvatlas_index_owners 3",
+        "kvatlas_index_sources{state=\"live\",reason=\"\"} 1",
+        "kvatlas_index_sources{state=\"degraded\",reason=\"frames_lost\"} 0",
+        "kvatlas_index_calls_total{call=\"Score\",result=\"ok\"} 1",
+        "kvatlas_index_calls_total{call=\"Score\",result=\"invalid_argument\"} 1",
+        "kvatlas_index_lookup_seconds_count 1",
+    ] {
+        assert!(text.contains(line), "{line} in {text}");
+    }
+    let names = |prefix: &str| -> Vec<String> {
+        text.lines()
+            .filter_map(|line| line.strip_prefix(prefix)?.split(' ').next().map(str::to_owned))
+            .collect()
+    };
+    assert_eq!(names("# HELP "), names("# TYPE "));
+    for (page, body) in [("/healthz", "ok\n"), ("/readyz", "ready\n")] {
+        let (status, text) = stage.get(page).await;
+        assert!(status.contains("200") && text == body, "{page}: {status} {text}");
+    }
+    assert!(stage.get("/nothing").await.0.contains("404"));
+}
+
+#[tokio::test]
+async fn health_is_serving_for_the_server_and_the_service() {
+    let stage = Stage::start().await;
+    let mut health = HealthClient::new(channel(&stage.server).await);
+    for service in ["", "kvatlas.v1.Atlas"] {
+        let request = HealthCheckRequest { service: service.into() };
+        let answer = health.check(request).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving);
+    }
+    let unknown = HealthCheckRequest { service: "nobody".into() };
+    assert_eq!(health.check(unknown).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn reflection_names_the_service_in_both_versions() {
+    let stage = Stage::start().await;
+    macro_rules! services {
+        ($pb:ident) => {{
+            use tonic_reflection::pb::$pb::{self as api, server_reflection_client::ServerReflectionClient};
+            let mut client = ServerReflectionClient::new(channel(&stage.server).await);
+            let request = api::ServerReflectionRequest {
+                host: String::new(),
+                message_request: Some(api::server_reflection_request::MessageRequest::ListServices(
+                    String::new(),
+                )),
+            };
+            let answers = client.server_reflection_info(futures_util::stream::iter([request])).await;
+            let answer = answers.unwrap().into_inner().message().await.unwrap().unwrap();
+            match answer.message_response.unwrap() {
+                api::server_reflection_response::MessageResponse::ListServicesResponse(list) => {
+                    list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+                }
+                other => panic!("{other:?}"),
+            }
+        }};
+    }
+    for names in [services!(v1), services!(v1alpha)] {
+        for expected in ["kvatlas.v1.Atlas", "grpc.health.v1.Health"] {
+            assert!(names.iter().any(|name| name == expected), "{expected} in {names:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_open_streams_and_frees_the_port() {
+    let stage = Stage::start().await;
+    let (server, mut atlas) = (stage.server, stage.atlas);
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let requests = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut answers = atlas.score_stream(requests).await.unwrap().into_inner();
+    sender.send(ask_keys("m", [1])).await.unwrap();
+    assert!(answers.message().await.unwrap().is_some());
+    let mut health = HealthClient::new(channel(&server).await);
+    let mut watch = health.watch(HealthCheckRequest { service: String::new() }).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+
+    let address = server.grpc_addr();
+    assert!(server.shutdown().await, "open streams do not outlast the drain time");
+    assert_eq!(answers.message().await.unwrap_err().code(), Code::Unavailable);
+    let again = IndexServer::start(IndexServerConfig::new(address), bus()).await.unwrap();
+    assert_eq!(again.grpc_addr(), address);
+}
+
+#[tokio::test]
+async fn a_dropped_handle_stops_the_server() {
+    let stage = Stage::start().await;
+    let (address, index) = (stage.server.grpc_addr(), Arc::downgrade(&stage.server.index()));
+    drop(stage);
+    let gone = tokio::time::timeout(PATIENCE, async {
+        while index.upgrade().is_some() || tokio::net::TcpStream::connect(address).await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    });
+    gone.await.expect("nothing of the server is left");
+}
+
+#[tokio::test]
+async fn two_deployments_on_one_bus_do_not_see_each_other() {
+    let bus = bus();
+    let blue =
+        IndexServerConfig { subjects: Subjects::new("blue").unwrap(), ..IndexServerConfig::new(any_port()) };
+    let (default, blue) = (
+        IndexServer::start(config(), bus.clone()).await.unwrap(),
+        IndexServer::start(blue, bus.clone()).await.unwrap(),
+    );
+    let mut a = Publisher::new("m", "a:1");
+    let subject = Subjects::new("blue").unwrap().events(a.header.scope.token(), Shard::All, &a.header.source);
+    bus.publish(subject, Bytes::from(a.frame(&[Op::Stored(0, vec![1])]))).await.unwrap();
+    tokio::time::timeout(PATIENCE, async {
+        while blue.index().totals().blocks == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(default.index().totals().scopes, 0);
+}
