@@ -37,6 +37,7 @@ pub mod table;
 mod frames;
 
 pub use bits::Bits;
+pub use http::{HttpServer, ListenError};
 pub use index::{
     Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,
     DEFAULT_MAX_SOURCES_PER_SCOPE, DumpOwner, Expired, Index, IndexLimits, IndexTotals, LimitReached,

@@ -1,7 +1,6 @@
 //! The index server: wires the index to a bus, a gRPC port and an HTTP port. The handle is the lifetime: dropped, the
 //! server stops.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +11,6 @@ use kvatlas_proto::grpc::atlas_server::AtlasServer;
 use kvatlas_proto::keys::KeySeed;
 use kvatlas_proto::subject::Subjects;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +22,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::clock::Clock;
-use crate::http::{HttpState, router};
+use crate::http::{self, HttpState, ListenError, listen};
 use crate::index::{Index, IndexLimits};
 use crate::ingest::{Ingest, IngestLog, RESYNC_QUEUE, end_leases, send_resyncs};
 use crate::matching::TierWeights;
@@ -83,17 +81,8 @@ pub struct RunningIndexServer {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// An address cannot be listened on.
-    #[error(
-        "cannot listen on {address} for {port}: {source}; is another process using it? Give another address"
-    )]
-    Listen {
-        /// Which port of ours.
-        port: &'static str,
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The bus refused the subscription.
     #[error("cannot subscribe to {filter} on {bus}: {source}")]
     Subscribe {
@@ -128,10 +117,12 @@ impl IndexServerConfig {
 // === impl IndexServer ===
 
 impl IndexServer {
-    /// Starts a server. When this returns, its ports are bound and every event published from now on is seen.
+    /// Starts a server. When this returns, its ports are bound and every event published from now on is seen. Its
+    /// metrics are added to those in `registry`.
     pub async fn start(
         config: IndexServerConfig,
         bus: Arc<dyn Bus>,
+        mut registry: Registry,
     ) -> Result<RunningIndexServer, StartError> {
         let (grpc_listener, grpc_addr) = listen("gRPC", config.grpc_listen).await?;
         let http = match config.http_listen {
@@ -186,21 +177,14 @@ impl IndexServer {
 
         let http_addr = http.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = http {
-            let mut registry = Registry::default();
             metrics.register(&mut registry);
+            let (totals_of, totals_to) = (Arc::clone(&index), Arc::clone(&metrics));
             let state = HttpState {
-                index: Arc::clone(&index),
-                metrics: Arc::clone(&metrics),
                 registry: Arc::new(registry),
+                refresh: Arc::new(move || totals_to.set_totals(&totals_of.totals())),
                 ready,
             };
-            let stopped = stop.clone().cancelled_owned();
-            tasks.spawn(async move {
-                if let Err(error) = axum::serve(listener, router(state)).with_graceful_shutdown(stopped).await
-                {
-                    tracing::error!(%error, "the HTTP port failed");
-                }
-            });
+            tasks.spawn(http::serve(listener, state, stop.clone()));
         }
 
         let service = AtlasService::new(Arc::clone(&index), config.weights, metrics, clock, stop.clone());
@@ -230,13 +214,6 @@ impl IndexServer {
 }
 
 const SERVICE_NAME: &str = <AtlasServer<AtlasService> as NamedService>::NAME;
-
-async fn listen(port: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
-    let failed = |source| StartError::Listen { port, address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let bound = listener.local_addr().map_err(failed)?;
-    Ok((listener, bound))
-}
 
 // === impl RunningIndexServer ===
 

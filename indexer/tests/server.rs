@@ -11,6 +11,7 @@ use kvatlas_bus::Bus;
 use kvatlas_index::{IndexServer, IndexServerConfig, StartError};
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::subject::{Shard, Subjects};
+use prometheus_client::registry::Registry;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -20,11 +21,12 @@ use tonic_health::pb::health_client::HealthClient;
 async fn an_address_in_use_is_named() {
     let stage = Stage::start().await;
     let taken = stage.server.grpc_addr();
-    let error = IndexServer::start(IndexServerConfig::new(taken), bus()).await.err().unwrap();
-    assert!(matches!(&error, StartError::Listen { address, .. } if *address == taken));
+    let error =
+        IndexServer::start(IndexServerConfig::new(taken), bus(), Registry::default()).await.err().unwrap();
+    assert!(matches!(&error, StartError::Listen(listen) if listen.address == taken));
     assert!(error.to_string().contains(&taken.to_string()) && error.to_string().contains("gRPC"), "{error}");
     let http = IndexServerConfig { http_listen: Some(taken), ..config() };
-    let error = IndexServer::start(http, bus()).await.err().unwrap();
+    let error = IndexServer::start(http, bus(), Registry::default()).await.err().unwrap();
     assert!(error.to_string().contains("HTTP"), "{error}");
 }
 
@@ -178,7 +180,8 @@ async fn a_shutdown_ends_open_streams_and_frees_the_port() {
     let address = server.grpc_addr();
     assert!(server.shutdown().await, "open streams do not outlast the drain time");
     assert_eq!(answers.message().await.unwrap_err().code(), Code::Unavailable);
-    let again = IndexServer::start(IndexServerConfig::new(address), bus()).await.unwrap();
+    let again =
+        IndexServer::start(IndexServerConfig::new(address), bus(), Registry::default()).await.unwrap();
     assert_eq!(again.grpc_addr(), address);
 }
 
@@ -201,8 +204,8 @@ async fn two_deployments_on_one_bus_do_not_see_each_other() {
     let blue =
         IndexServerConfig { subjects: Subjects::new("blue").unwrap(), ..IndexServerConfig::new(any_port()) };
     let (default, blue) = (
-        IndexServer::start(config(), bus.clone()).await.unwrap(),
-        IndexServer::start(blue, bus.clone()).await.unwrap(),
+        IndexServer::start(config(), bus.clone(), Registry::default()).await.unwrap(),
+        IndexServer::start(blue, bus.clone(), Registry::default()).await.unwrap(),
     );
     let mut a = Publisher::new("m", "a:1");
     let subject = Subjects::new("blue").unwrap().events(a.header.scope.token(), Shard::All, &a.header.source);

@@ -11,12 +11,17 @@
 //! * [`wire`]: vLLM's events, byte for byte.
 //! * [`engine_sim`]: a simulated block manager that produces such events.
 //! * [`publisher`]: publishes a simulated engine's events.
+//! * [`check`]: plays a recording through the real path and compares with the engine's own state.
+//! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
-//! Only [`sockets`], [`player`] and [`publisher`] know tokio; everything else is a function of its arguments (and of
+//! Only [`sockets`], [`player`], [`publisher`], [`check`] and [`demo`] know tokio; everything else is a function of its arguments (and of
 //! the files it is told to read).
 
+pub mod check;
+pub mod demo;
 pub mod engine_sim;
+mod expectations;
 pub mod kvrec;
 pub mod oracle;
 pub mod player;

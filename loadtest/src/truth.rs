@@ -16,6 +16,9 @@ pub const MAX_TRUTH_BYTES: u64 = 256 << 20;
 /// Endings of a truth file, in the order they are looked for.
 const ENDINGS: [&str; 3] = [".truth.json", ".truth.json.zst", ".truth.json.gz"];
 
+/// Endings of a list of expected messages, in the order they are looked for.
+const EXPECTED_ENDINGS: [&str; 3] = [".expected.json", ".expected.json.zst", ".expected.json.gz"];
+
 /// A truth file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Truth {
@@ -142,16 +145,36 @@ pub struct NoTruthError {
     recording: PathBuf,
 }
 
+/// What the messages of a recording of wire formats are: usable, or to be refused.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ExpectedMessages {
+    messages: Vec<ExpectedMessage>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct ExpectedMessage {
+    stream: usize,
+    ok: bool,
+}
+
 /// The truth file beside a recording.
 pub fn find_truth(recording: &Path) -> Result<PathBuf, NoTruthError> {
+    beside(recording, &ENDINGS).ok_or_else(|| NoTruthError { recording: recording.to_owned() })
+}
+
+/// The first file beside a recording that has its name with one of these endings.
+fn beside(recording: &Path, endings: &[&str]) -> Option<PathBuf> {
     let name = recording.file_name().unwrap_or_default().to_string_lossy();
     let stem = [".zst", ".gz"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
     let stem = stem.strip_suffix(".kvrec").unwrap_or(stem);
-    ENDINGS
-        .iter()
-        .map(|ending| recording.with_file_name(format!("{stem}{ending}")))
-        .find(|path| path.is_file())
-        .ok_or_else(|| NoTruthError { recording: recording.to_owned() })
+    let candidates = endings.iter().map(|ending| recording.with_file_name(format!("{stem}{ending}")));
+    candidates.into_iter().find(|path| path.is_file())
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ReadTruthError> {
+    let content = read_file(path, MAX_TRUTH_BYTES)?;
+    serde_json::from_slice(&content)
+        .map_err(|source| ReadTruthError::Format { path: path.to_owned(), source })
 }
 
 // === impl Truth ===
@@ -159,9 +182,22 @@ pub fn find_truth(recording: &Path) -> Result<PathBuf, NoTruthError> {
 impl Truth {
     /// Reads a truth file: plain, gzip or zstd.
     pub fn read(path: &Path) -> Result<Self, ReadTruthError> {
-        let content = read_file(path, MAX_TRUTH_BYTES)?;
-        serde_json::from_slice(&content)
-            .map_err(|source| ReadTruthError::Format { path: path.to_owned(), source })
+        read_json(path)
+    }
+}
+
+// === impl ExpectedMessages ===
+
+impl ExpectedMessages {
+    /// The list beside a recording, if there is one.
+    pub fn beside(recording: &Path) -> Result<Option<Self>, ReadTruthError> {
+        beside(recording, &EXPECTED_ENDINGS).map(|path| read_json(&path)).transpose()
+    }
+
+    /// How many messages of a stream are usable, and how many are to be refused.
+    pub fn of_stream(&self, stream: usize) -> (u64, u64) {
+        let count = |ok| self.messages.iter().filter(|m| m.stream == stream && m.ok == ok).count() as u64;
+        (count(true), count(false))
     }
 }
 

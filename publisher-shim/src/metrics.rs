@@ -1,6 +1,7 @@
 //! The shim's metrics, read from each source's [`Progress`] when somebody scrapes.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use kvatlas_proto::frame::SourceHealth;
 use parking_lot::Mutex;
@@ -11,12 +12,12 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use tokio::sync::watch;
 
-use crate::shim::Progress;
+use crate::shim::{Progress, Shim};
 
-/// Exposes the sources of one process.
-#[derive(Debug)]
+/// Exposes the sources of one process. Clones share what they watch.
+#[derive(Clone, Debug, Default)]
 pub struct ShimCollector {
-    sources: Mutex<Vec<watch::Receiver<Progress>>>,
+    sources: Arc<Mutex<Vec<watch::Receiver<Progress>>>>,
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
@@ -90,9 +91,9 @@ const DROPS: [(&str, Read); 5] = [
 // === impl ShimCollector ===
 
 impl ShimCollector {
-    /// Exposes these sources.
-    pub fn new(sources: Vec<watch::Receiver<Progress>>) -> Self {
-        Self { sources: Mutex::new(sources) }
+    /// Exposes the sources of this shim too.
+    pub fn watch(&self, shim: &Shim) {
+        self.sources.lock().extend(shim.progress().iter().cloned());
     }
 }
 

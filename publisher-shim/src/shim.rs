@@ -100,8 +100,12 @@ pub struct Progress {
     pub model: String,
     /// State of the event connection.
     pub connection: Connection,
+    /// Number of the connection up to which the source has compared or replayed.
+    pub known_connection: u64,
     /// Sequence of the last engine message applied.
     pub engine_seq: Option<u64>,
+    /// Messages taken off the queue and dealt with, whatever came of it.
+    pub handled: u64,
     /// Messages dropped because the queue was full.
     pub overflow: u64,
     /// Messages dropped because their frames are not `[topic, sequence, payload]`.
@@ -173,6 +177,7 @@ struct Worker {
     last_snapshot: Option<Instant>,
     flush_at: Option<Instant>,
     progress: watch::Sender<Progress>,
+    handled: u64,
     frames: u64,
     frame_bytes: u64,
     publish_failures: u64,
@@ -249,6 +254,7 @@ impl Shim {
             last_snapshot: None,
             flush_at: None,
             progress: progress_in,
+            handled: 0,
             frames: 0,
             frame_bytes: 0,
             publish_failures: 0,
@@ -304,7 +310,9 @@ impl Progress {
             source: source.id(),
             model: model.to_owned(),
             connection: Connection::default(),
+            known_connection: 0,
             engine_seq: source.last_engine_seq(),
+            handled: 0,
             overflow: 0,
             bad_frames: 0,
             position: source.position(),
@@ -320,9 +328,9 @@ impl Progress {
         }
     }
 
-    /// Messages that could not be used, for whatever reason.
-    pub fn unusable_messages(&self) -> u64 {
-        self.bad_frames + self.counts.undecodable.iter().map(|(_, n)| n).sum::<u64>()
+    /// Messages that arrived and were dealt with in any way, dropped ones included.
+    pub fn arrived(&self) -> u64 {
+        self.handled + self.overflow + self.bad_frames
     }
 }
 
@@ -401,6 +409,7 @@ impl Worker {
                 self.replay(from, token).await;
                 self.source.live(message.seq, &message.payload, true);
             }
+            self.handled += 1;
             if self.source.wants_flush() {
                 self.flush(false).await;
             }
@@ -505,6 +514,8 @@ impl Worker {
     fn report(&mut self) {
         let progress = Progress {
             connection: *self.connection.borrow(),
+            known_connection: self.known_connection,
+            handled: self.handled,
             overflow: self.intake.overflow.load(Ordering::Relaxed),
             bad_frames: self.intake.bad_frames.load(Ordering::Relaxed),
             frames: self.frames,

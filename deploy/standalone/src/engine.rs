@@ -136,7 +136,8 @@ fn shift_port(address: &str, rank: u32) -> Result<String, String> {
     if rank == 0 {
         return Ok(address.to_owned());
     }
-    let problem = || format!("{address:?} has no port that could be raised by {rank} for data-parallel rank {rank}");
+    let problem =
+        || format!("{address:?} has no port that could be raised by {rank} for data-parallel rank {rank}");
     let (host, port) = address.rsplit_once(':').ok_or_else(problem)?;
     let port: u32 = port.parse().map_err(|_| problem())?;
     match u16::try_from(port + rank) {
@@ -160,7 +161,8 @@ mod tests {
             "model=m,instance=a:1,zmq=tcp://a:5557,replay=tcp://a:5657,data-parallel-size=3,block-size=16",
         )
         .unwrap();
-        let ends: Vec<_> = config.endpoints.iter().map(|e| (e.events.as_str(), e.replay.as_deref(), e.rank)).collect();
+        let ends: Vec<_> =
+            config.endpoints.iter().map(|e| (e.events.as_str(), e.replay.as_deref(), e.rank)).collect();
         assert_eq!(ends[2], ("tcp://a:5559", Some("tcp://a:5659"), Some(DpRank(2))));
         assert_eq!(config.block_size, Some(16));
     }
@@ -172,7 +174,10 @@ mod tests {
 
     #[test]
     fn a_wildcard_address_means_that_the_engine_connects() {
-        assert_eq!(config("model=m,instance=a:1,zmq=tcp://*:5557").unwrap().endpoints[0].attach, Attach::Bind);
+        assert_eq!(
+            config("model=m,instance=a:1,zmq=tcp://*:5557").unwrap().endpoints[0].attach,
+            Attach::Bind
+        );
     }
 
     #[test]

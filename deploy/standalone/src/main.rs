@@ -1,5 +1,7 @@
 //! `kvatlas`: one binary, one sub-command per role.
 
+#![allow(unreachable_pub, reason = "in a binary, pub between modules is the plain word")]
+
 mod demo;
 mod engine;
 mod failure;
@@ -45,7 +47,8 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = init_logs(&cli.log).and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::run)?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::run)?;
         let outcome = runtime.block_on(run(cli.command));
         // Blocked system calls must not hold the exit up.
         runtime.shutdown_timeout(std::time::Duration::from_millis(200));

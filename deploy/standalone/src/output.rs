@@ -12,6 +12,12 @@ pub fn line(text: &str) {
     let _ = writeln!(io::stdout().lock(), "{text}");
 }
 
+/// Says something that is not the result, on standard error.
+pub fn note(text: &str) {
+    // As above.
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Prints a value as one line of JSON.
 pub fn json(value: &impl Serialize) {
     line(&serde_json::to_string(value).expect("plain data serialises"));
@@ -20,6 +26,6 @@ pub fn json(value: &impl Serialize) {
 /// A table in the project's look.
 pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(UTF8_FULL_CONDENSED).set_header(header.iter().copied());
+    table.load_style(UTF8_FULL_CONDENSED).set_header(header.iter().copied());
     table
 }

@@ -169,7 +169,9 @@ impl KeySettings {
         match u64::from_str_radix(seed, 16) {
             Ok(seed) if valid => Ok(KeySeed::secret(seed)),
             // The content is a secret, so it is not shown.
-            _ => Err(Failure::config(path, "a key seed is 16 hex digits; make one with: openssl rand -hex 8")),
+            _ => {
+                Err(Failure::config(path, "a key seed is 16 hex digits; make one with: openssl rand -hex 8"))
+            }
         }
     }
 
@@ -268,7 +270,9 @@ impl std::str::FromStr for TierWeight {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let problem = || format!("{text:?} is not TIER=WEIGHT with gpu, cpu, ssd or remote and 0 to 1, such as cpu=0.8");
+        let problem = || {
+            format!("{text:?} is not TIER=WEIGHT with gpu, cpu, ssd or remote and 0 to 1, such as cpu=0.8")
+        };
         let (tier, weight) = text.split_once('=').ok_or_else(problem)?;
         let weight: f64 = weight.parse().map_err(|_| problem())?;
         if !["gpu", "cpu", "ssd", "remote"].contains(&tier) || !(0.0..=1.0).contains(&weight) {
@@ -334,7 +338,11 @@ mod tests {
     #[test]
     fn the_command_line_wins_over_the_file() {
         let given = ServerSettings { max_blocks: Some(1), ..ServerSettings::default() };
-        let file = ServerSettings { max_blocks: Some(2), grpc_listen: "127.0.0.1:1".parse().ok(), ..Default::default() };
+        let file = ServerSettings {
+            max_blocks: Some(2),
+            grpc_listen: "127.0.0.1:1".parse().ok(),
+            ..Default::default()
+        };
         let merged = given.or(file);
         assert_eq!((merged.max_blocks, merged.grpc_listen.is_some()), (Some(1), true));
     }

@@ -14,6 +14,7 @@ use kvatlas_index::{IndexServer, IndexServerConfig, RunningIndexServer};
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::grpc::atlas_client::AtlasClient;
 use kvatlas_proto::subject::{Shard, Subjects};
+use prometheus_client::registry::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
 
@@ -51,7 +52,7 @@ impl Stage {
 
     pub async fn with(config: IndexServerConfig) -> Self {
         let bus = bus();
-        let server = IndexServer::start(config, bus.clone()).await.unwrap();
+        let server = IndexServer::start(config, bus.clone(), Registry::default()).await.unwrap();
         let atlas = AtlasClient::new(channel(&server).await).max_decoding_message_size(64 << 20);
         Self { bus, server, atlas }
     }

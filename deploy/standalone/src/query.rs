@@ -1,0 +1,373 @@
+//! `kvatlas query`: asks a running server from the shell.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use kvatlas_client::{Client, ClientConfig};
+use kvatlas_proto::grpc::{
+    self, BlockKeys, DumpRequest, InstanceScore, ListOwnersRequest, Prompt, ScoreRequest, Source,
+    SourceState, TokenIds,
+};
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+use crate::output;
+use crate::settings::DEFAULT_GRPC;
+
+/// Arguments of `query`.
+#[derive(Args)]
+pub struct QueryArgs {
+    /// gRPC address of the server.
+    #[arg(long, env = "KVATLAS_SERVER", default_value = DEFAULT_GRPC, global = true, value_name = "HOST:PORT")]
+    server: String,
+    /// Longest wait for an answer, milliseconds.
+    #[arg(long, default_value_t = 2_000, global = true, value_name = "MS")]
+    deadline_ms: u64,
+    /// Print JSON instead of a table.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    question: Question,
+}
+
+#[derive(Subcommand)]
+enum Question {
+    /// How much of a prompt each instance holds.
+    Score(ScoreArgs),
+    /// Who publishes, what they hold, and how far each can be trusted.
+    Owners(OwnersArgs),
+    /// The block keys of owners, one owner a line.
+    Dump(DumpArgs),
+}
+
+#[derive(Args)]
+struct PromptArgs {
+    /// Model name as the engines serve it.
+    #[arg(long)]
+    model: String,
+    /// Tenant.
+    #[arg(long, default_value = "")]
+    tenant: String,
+    /// Tokens per block; 0: every size in use. Needed with --keys.
+    #[arg(long, default_value_t = 0)]
+    block_size: u32,
+    /// Token ids of the prompt, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "ID,...", conflicts_with_all = ["tokens_file", "keys"])]
+    tokens: Option<Vec<u32>>,
+    /// File with the prompt's token ids, separated by commas or white space; JSON arrays too. - is standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "keys")]
+    tokens_file: Option<PathBuf>,
+    /// Block keys of the prompt, hexadecimal, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "KEY,...")]
+    keys: Option<Vec<String>>,
+    /// LoRA adapter by name.
+    #[arg(long, default_value = "")]
+    lora: String,
+    /// Cache salt of the request.
+    #[arg(long, default_value = "")]
+    cache_salt: String,
+}
+
+#[derive(Args)]
+struct ScoreArgs {
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Instance to score; may be given several times. None: all that hold something.
+    #[arg(long = "candidate", value_name = "INSTANCE")]
+    candidates: Vec<String>,
+    /// Most rows to show; 0: all.
+    #[arg(long, default_value_t = 0)]
+    limit: u32,
+}
+
+#[derive(Args)]
+struct OwnersArgs {
+    /// Only this model.
+    #[arg(long, default_value = "")]
+    model: String,
+    /// Only this tenant, together with --model.
+    #[arg(long, default_value = "")]
+    tenant: String,
+    /// Only this instance.
+    #[arg(long, default_value = "")]
+    instance: String,
+}
+
+#[derive(Args)]
+struct DumpArgs {
+    /// Model name as the engines serve it.
+    #[arg(long)]
+    model: String,
+    /// Tenant.
+    #[arg(long, default_value = "")]
+    tenant: String,
+    /// Only this instance.
+    #[arg(long, default_value = "")]
+    instance: String,
+}
+
+/// Runs `query`.
+pub async fn run(args: QueryArgs) -> Result<ExitCode, Failure> {
+    let deadline = Duration::from_millis(args.deadline_ms);
+    let config = ClientConfig { deadline, ..ClientConfig::new(args.server) };
+    let client = Client::connect(config).map_err(|error| Failure::usage(error.to_string()))?;
+    match args.question {
+        Question::Score(score_args) => score(&client, score_args, args.json).await?,
+        Question::Owners(owners_args) => owners(&client, owners_args, args.json).await?,
+        Question::Dump(dump_args) => dump(&client, dump_args, args.json).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn score(client: &Client, args: ScoreArgs, as_json: bool) -> Result<(), Failure> {
+    let request = ScoreRequest {
+        prompt: Some(args.prompt.into_prompt()?),
+        candidates: args.candidates,
+        limit: args.limit,
+        ..ScoreRequest::default()
+    };
+    let answer = client.score(request).await.map_err(Failure::run)?;
+    if as_json {
+        output::json(&json!({
+            "scope_known": answer.scope_known,
+            "prompt_blocks": answer.prompt_blocks,
+            "coverage": answer.coverage,
+            "missing": answer.missing,
+            "lookup_ns": answer.lookup_ns,
+            "instances": answer.instances.iter().map(instance_json).collect::<Vec<_>>(),
+        }));
+        return Ok(());
+    }
+    if !answer.scope_known {
+        output::line("no event has named this model and tenant yet: every score is 0");
+    }
+    let mut table = output::table(&["instance", "rank", "score", "blocks", "tokens", "tiers", "state"]);
+    for row in &answer.instances {
+        let tiers: Vec<String> = row
+            .tiers
+            .iter()
+            .map(|tier| format!("{} {}", tier_name(tier.tier()), tier.matched_blocks))
+            .collect();
+        table.add_row([
+            row.instance.clone(),
+            row.data_parallel_rank.to_string(),
+            format!("{:.3}", row.score),
+            format!("{} of {}", row.matched_blocks, answer.prompt_blocks),
+            row.matched_tokens.to_string(),
+            tiers.join(", "),
+            if row.known { state_name(row.state()).to_owned() } else { "not known".to_owned() },
+        ]);
+    }
+    output::line(&table.to_string());
+    output::line(&format!(
+        "look-up {:.1} us, coverage {:.2}",
+        answer.lookup_ns as f64 / 1e3,
+        answer.coverage
+    ));
+    Ok(())
+}
+
+async fn owners(client: &Client, args: OwnersArgs, as_json: bool) -> Result<(), Failure> {
+    let request = ListOwnersRequest { model: args.model, tenant: args.tenant, instance: args.instance };
+    let sources = client.list_owners(request).await.map_err(Failure::run)?.sources;
+    if as_json {
+        output::json(&json!({ "sources": sources.iter().map(source_json).collect::<Vec<_>>() }));
+        return Ok(());
+    }
+    let header = ["model", "block", "instance", "rank", "state", "owner", "blocks", "silent"];
+    let mut table = output::table(&header);
+    for source in &sources {
+        let owners: Vec<String> = source
+            .owners
+            .iter()
+            .map(|owner| format!("{} group {} ({})", tier_name(owner.tier()), owner.group, owner.group_kind))
+            .collect();
+        let blocks: Vec<String> = source.owners.iter().map(|owner| owner.blocks.to_string()).collect();
+        let reason = if source.degraded_reason.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", source.degraded_reason)
+        };
+        table.add_row([
+            source.model.clone(),
+            source.block_size.to_string(),
+            source.instance.clone(),
+            source.data_parallel_rank.to_string(),
+            format!("{}{reason}", state_name(source.state())),
+            owners.join("\n"),
+            blocks.join("\n"),
+            format!("{:.1} s", source.silent_ms as f64 / 1e3),
+        ]);
+    }
+    output::line(&table.to_string());
+    Ok(())
+}
+
+async fn dump(client: &Client, args: DumpArgs, as_json: bool) -> Result<(), Failure> {
+    let request =
+        DumpRequest { model: args.model, tenant: args.tenant, instance: args.instance, block_size: 0 };
+    let mut dump = client.dump(request).await.map_err(Failure::run)?;
+    while let Some(chunk) = dump.next().await.map_err(Failure::run)? {
+        let keys: Vec<String> = chunk.keys.iter().map(|key| format!("{key:016x}")).collect();
+        let tier = tier_name(chunk.tier());
+        if as_json {
+            output::json(&json!({
+                "instance": chunk.instance,
+                "data_parallel_rank": chunk.data_parallel_rank,
+                "block_size": chunk.block_size,
+                "tier": tier,
+                "medium": chunk.medium,
+                "group": chunk.group,
+                "keys": keys,
+            }));
+        } else {
+            let (instance, rank, group) = (&chunk.instance, chunk.data_parallel_rank, chunk.group);
+            output::line(&format!("{instance} rank {rank} {tier} group {group}: {} blocks", keys.len()));
+            keys.iter().for_each(|key| output::line(&format!("  {key}")));
+        }
+    }
+    Ok(())
+}
+
+// === impl PromptArgs ===
+
+impl PromptArgs {
+    fn into_prompt(self) -> Result<Prompt, Failure> {
+        let input = match (self.tokens, self.tokens_file, self.keys) {
+            (Some(ids), _, _) => grpc::prompt::Input::TokenIds(TokenIds { ids }),
+            (None, Some(path), _) => {
+                let text = if path.as_os_str() == "-" {
+                    std::io::read_to_string(std::io::stdin())
+                } else {
+                    std::fs::read_to_string(&path)
+                };
+                let text = text.map_err(|error| Failure::unreadable(&path, &error))?;
+                let ids = parse_tokens(&text).map_err(|problem| Failure::config(&path, &problem))?;
+                grpc::prompt::Input::TokenIds(TokenIds { ids })
+            }
+            (None, None, Some(keys)) => {
+                let key = |text: &String| {
+                    u64::from_str_radix(text, 16).map_err(|_| {
+                        Failure::usage(format!("{text:?} is not a key: give up to 16 hex digits"))
+                    })
+                };
+                let keys = keys.iter().map(key).collect::<Result<_, _>>()?;
+                grpc::prompt::Input::BlockKeys(BlockKeys { keys })
+            }
+            (None, None, None) => {
+                return Err(Failure::usage("give the prompt: --tokens, --tokens-file or --keys"));
+            }
+        };
+        Ok(Prompt {
+            model: self.model,
+            tenant: self.tenant,
+            block_size: self.block_size,
+            input: Some(input),
+            lora_name: self.lora,
+            cache_salt: self.cache_salt,
+            ..Prompt::default()
+        })
+    }
+}
+
+/// Token ids between commas, white space and square brackets.
+fn parse_tokens(text: &str) -> Result<Vec<u32>, String> {
+    text.split(|c: char| c == ',' || c.is_whitespace() || c == '[' || c == ']')
+        .filter(|word| !word.is_empty())
+        .map(|word| word.parse().map_err(|_| format!("{word:?} is not a token id (0 to 4294967295)")))
+        .collect()
+}
+
+/// Lower-case name of a tier, as in metrics.
+pub fn tier_name(tier: grpc::Tier) -> &'static str {
+    match tier {
+        grpc::Tier::Gpu => "gpu",
+        grpc::Tier::Cpu => "cpu",
+        grpc::Tier::Ssd => "ssd",
+        grpc::Tier::Remote => "remote",
+        grpc::Tier::Unknown | grpc::Tier::Unspecified => "unknown",
+    }
+}
+
+fn state_name(state: SourceState) -> &'static str {
+    match state {
+        SourceState::Unspecified => "unspecified",
+        SourceState::Syncing => "syncing",
+        SourceState::Live => "live",
+        SourceState::Verified => "verified",
+        SourceState::Degraded => "degraded",
+        SourceState::Gone => "gone",
+    }
+}
+
+fn instance_json(row: &InstanceScore) -> Value {
+    let tiers: Vec<Value> = row
+        .tiers
+        .iter()
+        .map(|tier| {
+            json!({
+                "tier": tier_name(tier.tier()),
+                "medium": tier.medium,
+                "matched_blocks": tier.matched_blocks,
+                "matched_tokens": tier.matched_tokens,
+                "best_blocks": tier.best_blocks,
+            })
+        })
+        .collect();
+    json!({
+        "instance": row.instance,
+        "data_parallel_rank": row.data_parallel_rank,
+        "known": row.known,
+        "score": row.score,
+        "matched_blocks": row.matched_blocks,
+        "matched_tokens": row.matched_tokens,
+        "engine_cached_tokens": row.engine_cached_tokens,
+        "block_size": row.block_size,
+        "state": state_name(row.state()),
+        "tiers": tiers,
+    })
+}
+
+fn source_json(source: &Source) -> Value {
+    let owners: Vec<Value> = source
+        .owners
+        .iter()
+        .map(|owner| {
+            json!({
+                "tier": tier_name(owner.tier()),
+                "medium": owner.medium,
+                "group": owner.group,
+                "group_kind": owner.group_kind,
+                "blocks": owner.blocks,
+            })
+        })
+        .collect();
+    json!({
+        "model": source.model,
+        "tenant": source.tenant,
+        "block_size": source.block_size,
+        "instance": source.instance,
+        "data_parallel_rank": source.data_parallel_rank,
+        "epoch": source.epoch,
+        "applied_seq": source.applied_seq,
+        "state": state_name(source.state()),
+        "degraded_reason": source.degraded_reason,
+        "verified_age_ms": source.verified_age_ms,
+        "silent_ms": source.silent_ms,
+        "owners": owners,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_files_may_be_plain_or_json() {
+        assert_eq!(parse_tokens("1, 2\n3"), Ok(vec![1, 2, 3]));
+        assert_eq!(parse_tokens("[4,5]\n"), Ok(vec![4, 5]));
+        assert!(parse_tokens("1 x").unwrap_err().contains("\"x\""));
+    }
+}

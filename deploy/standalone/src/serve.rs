@@ -1,0 +1,159 @@
+//! `kvatlas serve` and `kvatlas shim`: the long-running roles.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvatlas_bus::{Bus, InProcessBus, InProcessConfig, NatsBus};
+use kvatlas_index::{HttpServer, IndexServer, IndexServerConfig, RunningIndexServer};
+use kvatlas_proto::Tier;
+use kvatlas_shim::metrics::ShimCollector;
+use kvatlas_shim::shim::Shim;
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+
+use crate::failure::Failure;
+use crate::settings::{DEFAULT_GRPC, DEFAULT_HTTP, Settings};
+
+/// Time in which everything stops after a signal; what is left then is cut off.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(4_500);
+
+/// Runs the index server, with the shims of the configured engines.
+pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
+    let stop = stop_signal()?;
+    if settings.engines.is_empty() && settings.nats.url.is_empty() {
+        return Err(Failure::usage(
+            "there is nothing to index: follow an engine with --engine model=...,instance=...,zmq=tcp://HOST:5557, or \
+             listen to shims elsewhere with --nats URL",
+        ));
+    }
+    let bus = bus(&settings, "index").await?;
+    let shims = ShimCollector::default();
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(shims.clone()));
+    let server = start_server(&settings, &bus, registry).await?;
+    let running = start_shims(&settings, &bus, &shims)?;
+    tracing::info!(
+        grpc = %server.grpc_addr(),
+        http = server.http_addr().map(tracing::field::display),
+        bus = bus.describe(),
+        engines = settings.engines.len(),
+        "kvatlas is ready"
+    );
+    stop.await;
+    tracing::info!("stopping");
+    let stopping = async {
+        stop_shims(running).await;
+        server.shutdown().await;
+    };
+    if timeout(SHUTDOWN_TIMEOUT, stopping).await.is_err() {
+        tracing::warn!("not everything stopped in time");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the shims of the configured engines over a broker.
+pub async fn shim(settings: Settings) -> Result<ExitCode, Failure> {
+    let stop = stop_signal()?;
+    if settings.engines.is_empty() {
+        return Err(Failure::usage(
+            "there is no engine to follow: add --engine model=...,instance=...,zmq=tcp://HOST:5557",
+        ));
+    }
+    if settings.nats.url.is_empty() {
+        return Err(Failure::usage(
+            "a shim alone needs a broker: add --nats URL, or use `kvatlas serve` to have everything in one process",
+        ));
+    }
+    let bus = bus(&settings, "shim").await?;
+    let shims = ShimCollector::default();
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(shims.clone()));
+    let http = HttpServer::start(http_address(&settings), registry).await.map_err(Failure::run)?;
+    let running = start_shims(&settings, &bus, &shims)?;
+    tracing::info!(http = %http.addr(), bus = bus.describe(), engines = settings.engines.len(), "the shim is ready");
+    stop.await;
+    tracing::info!("stopping");
+    let stopping = async {
+        stop_shims(running).await;
+        // What the shims said last must leave the process; a broker that is away cannot take it.
+        if let Err(error) = bus.flush().await {
+            tracing::warn!(%error, "the last frames may not have been sent");
+        }
+        http.shutdown().await;
+    };
+    if timeout(SHUTDOWN_TIMEOUT, stopping).await.is_err() {
+        tracing::warn!("not everything stopped in time");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn bus(settings: &Settings, role: &str) -> Result<Arc<dyn Bus>, Failure> {
+    Ok(match settings.nats.config(role)? {
+        None => Arc::new(InProcessBus::new(InProcessConfig::default())),
+        Some(config) => Arc::new(NatsBus::connect(config).await.map_err(Failure::run)?),
+    })
+}
+
+async fn start_server(
+    settings: &Settings,
+    bus: &Arc<dyn Bus>,
+    registry: Registry,
+) -> Result<RunningIndexServer, Failure> {
+    let grpc = settings.server.grpc_listen.unwrap_or_else(|| DEFAULT_GRPC.parse().expect("a valid default"));
+    let mut config = IndexServerConfig::new(grpc);
+    config.http_listen = Some(http_address(settings));
+    config.subjects = settings.nats.subjects()?;
+    config.key_seed = settings.keys.seed()?;
+    for weight in &settings.server.weights {
+        let tier = Tier::ALL.into_iter().find(|tier| tier.name() == weight.tier);
+        let tier = tier.expect("the setting was checked when it was read");
+        config.weights =
+            config.weights.with(tier, weight.weight).map_err(|error| Failure::usage(error.to_string()))?;
+    }
+    if let Some(blocks) = settings.server.max_blocks {
+        config.limits.blocks = blocks;
+    }
+    IndexServer::start(config, Arc::clone(bus), registry).await.map_err(Failure::run)
+}
+
+fn http_address(settings: &Settings) -> SocketAddr {
+    settings.server.http_listen.unwrap_or_else(|| DEFAULT_HTTP.parse().expect("a valid default"))
+}
+
+fn start_shims(
+    settings: &Settings,
+    bus: &Arc<dyn Bus>,
+    collector: &ShimCollector,
+) -> Result<Vec<Shim>, Failure> {
+    let (hasher, subjects) = (settings.keys.hasher()?, settings.nats.subjects()?);
+    let mut shims = Vec::new();
+    for engine in &settings.engines {
+        let config = engine.shim_config(hasher, &subjects)?;
+        let shim = Shim::start(&config, bus).map_err(|error| Failure::usage(error.to_string()))?;
+        collector.watch(&shim);
+        shims.push(shim);
+    }
+    Ok(shims)
+}
+
+async fn stop_shims(shims: Vec<Shim>) {
+    for shim in shims {
+        shim.shutdown().await;
+    }
+}
+
+/// Completes at the first SIGTERM or SIGINT. Installed before anything starts, so that none is missed.
+pub fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::run)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::run)?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
