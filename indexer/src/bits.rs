@@ -47,6 +47,18 @@ impl Bits {
         self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine |= theirs);
     }
 
+    /// The positions in chunks of `size` (aligned to 0, `size` at least 1) that are here as a whole.
+    #[must_use]
+    pub fn whole_chunks(&self, size: u32) -> Self {
+        let mut whole = Self::default();
+        for start in (0..self.words.len() as u32 * WORD).step_by(size as usize) {
+            if (start..start + size).all(|at| self.get(at)) {
+                (start..start + size).for_each(|at| whole.set(at));
+            }
+        }
+        whole
+    }
+
     /// Length of the run from position 0 without a hole.
     pub fn leading_run(&self) -> u32 {
         let full = self.words.iter().take_while(|word| **word == u64::MAX).count();

@@ -43,6 +43,8 @@ pub struct HeldBlocks<'a> {
     pub kind: GroupKind,
     /// Positions in the prompt, in scope blocks.
     pub blocks: &'a Bits,
+    /// Consecutive blocks that can only be loaded together, aligned to the prompt's start; at least 1.
+    pub load_blocks: u32,
 }
 
 /// The prompt, as far as matching needs it.
@@ -271,7 +273,10 @@ fn groups(held: &[HeldBlocks<'_>], only: Option<&TierName>) -> Groups {
             }
         };
         if owner.kind != GroupKind::Unknown && only.is_none_or(|tier| tier == owner.tier) {
-            groups[at].blocks.union(owner.blocks);
+            match owner.load_blocks {
+                0 | 1 => groups[at].blocks.union(owner.blocks),
+                chunk => groups[at].blocks.union(&owner.blocks.whole_chunks(chunk)),
+            }
         }
     }
     groups

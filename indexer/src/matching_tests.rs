@@ -28,6 +28,7 @@ fn matched(held: &[Held], prompt: PromptShape) -> SourceMatch {
             group: CacheGroup(*group),
             kind: *kind,
             blocks,
+            load_blocks: 1,
         })
         .collect();
     match_source(&views, prompt)
@@ -69,6 +70,29 @@ fn tiers_complete_each_other_and_each_block_counts_for_its_fastest_tier() {
     assert_eq!(summary(&result), [(Tier::Gpu, 2, 2), (Tier::Cpu, 0, 3), (Tier::Ssd, 8, 3)]);
     let score = result.score(&TierWeights::default(), 10);
     assert!((score - (2.0 * 1.0 + 3.0 * 0.8 + 3.0 * 0.5) / 10.0).abs() < 1e-12, "{score}");
+}
+
+#[test]
+fn a_medium_that_loads_chunks_counts_whole_chunks_only() {
+    let positions = |blocks: &[u32]| {
+        let mut bits = Bits::default();
+        blocks.iter().for_each(|at| bits.set(*at));
+        bits
+    };
+    let (gpu, cpu) = (TierName::new(Tier::Gpu, "GPU"), TierName::new(Tier::Cpu, "CPU"));
+    let on_gpu = positions(&[0, 1, 2, 3, 4]);
+    let on_cpu = positions(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let held = |tier, blocks, load_blocks| HeldBlocks {
+        tier,
+        group: CacheGroup(0),
+        kind: GroupKind::Full,
+        blocks,
+        load_blocks,
+    };
+    let result = match_source(&[held(&gpu, &on_gpu, 1), held(&cpu, &on_cpu, 4)], prompt(10));
+    // Blocks 8 and 9 are in host memory, but their chunk is not complete.
+    assert_eq!(result.matched_blocks, 8);
+    assert_eq!(summary(&result), [(Tier::Gpu, 5, 5), (Tier::Cpu, 8, 3)]);
 }
 
 #[test]

@@ -281,6 +281,7 @@ impl ScopeState {
                     group: owner.group,
                     kind: owner.kind,
                     blocks: presence.get(*no),
+                    load_blocks: owner.load_blocks,
                 })
             })
             .collect();

@@ -75,6 +75,7 @@ pub(crate) struct OwnerEntry {
     pub(crate) medium: Arc<str>,
     pub(crate) group: CacheGroup,
     pub(crate) kind: GroupKind,
+    pub(crate) load_blocks: u32,
 }
 
 /// What became of a frame.
@@ -340,6 +341,7 @@ impl ScopeState {
         let found = if let Some(known) = known {
             if let Some(entry) = self.owners.get_mut(known.0) {
                 entry.kind = owner.kind;
+                entry.load_blocks = owner.load_blocks;
             }
             known
         } else {
@@ -348,7 +350,14 @@ impl ScopeState {
             }
             let tier = TierName::new(owner.tier, &owner.medium);
             let medium = owner.medium.as_str().into();
-            let entry = OwnerEntry { source: no, tier, medium, group: owner.group, kind: owner.kind };
+            let entry = OwnerEntry {
+                source: no,
+                tier,
+                medium,
+                group: owner.group,
+                kind: owner.kind,
+                load_blocks: owner.load_blocks,
+            };
             let added = OwnerNo(self.owners.insert(entry));
             self.sources.get_mut(no.0)?.owners.push(added);
             added

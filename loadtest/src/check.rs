@@ -245,7 +245,13 @@ impl Rig {
         let player = Player::bind(recording).await?;
         let (mut shims, mut progress) = (Vec::new(), Vec::new());
         for (stream, endpoints) in streams.iter().zip(player.endpoints()) {
-            let name = stream.worker.clone().unwrap_or_else(|| "engine".to_owned());
+            // Streams with a rank of their own are ranks of one engine; others are engines of their own.
+            let twins = streams.iter().filter(|s| s.dp_rank == stream.dp_rank && s.worker.is_none()).count();
+            let name = match &stream.worker {
+                Some(worker) => worker.clone(),
+                None if twins > 1 => format!("engine-{}", stream.stream),
+                None => "engine".to_owned(),
+            };
             let shim_config = ShimConfig {
                 model: MODEL.to_owned(),
                 tenant: String::new(),

@@ -14,11 +14,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{FutureExt as _, StreamExt as _};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use zeromq::{RouterSocket, Socket, SocketRecv, SocketSend, XPubSocket, ZmqError, ZmqMessage};
+use zeromq::{RouterSocket, Socket, SocketEvent, SocketRecv, SocketSend, XPubSocket, ZmqError, ZmqMessage};
 
 use crate::replay::ReplayBuffer;
 
@@ -133,6 +135,8 @@ struct Command {
 /// The event socket and its counters, as its task owns them.
 struct EventSocket {
     socket: XPubSocket,
+    /// Says who connected.
+    monitor: BoxStream<'static, SocketEvent>,
     endpoint: String,
     counts: Arc<watch::Sender<SocketCounts>>,
 }
@@ -149,8 +153,9 @@ struct ReplaySocket {
 impl StreamSockets {
     /// Binds both sockets on 127.0.0.1. Replays are answered from `buffer`, which the caller keeps filled.
     pub async fn bind(ports: StreamPorts, buffer: Arc<Mutex<ReplayBuffer>>) -> Result<Self, BindError> {
-        let (events, events_port) = bind::<XPubSocket>(ports.events).await?;
+        let (mut events, events_port) = bind::<XPubSocket>(ports.events).await?;
         let (router, replay_port) = bind::<RouterSocket>(ports.replay).await?;
+        let monitor = events.monitor().boxed();
         let endpoints = StreamEndpoints {
             events: format!("tcp://127.0.0.1:{events_port}"),
             replay: format!("tcp://127.0.0.1:{replay_port}"),
@@ -160,8 +165,12 @@ impl StreamSockets {
         let (replay_stop, replay_stopped) = oneshot::channel();
         let (counts, counted) = watch::channel(SocketCounts::default());
         let counts = Arc::new(counts);
-        let events =
-            EventSocket { socket: events, endpoint: endpoints.events.clone(), counts: Arc::clone(&counts) };
+        let events = EventSocket {
+            socket: events,
+            monitor,
+            endpoint: endpoints.events.clone(),
+            counts: Arc::clone(&counts),
+        };
         let replay = ReplaySocket { socket: router, buffer, counts };
         Ok(Self {
             endpoints,
@@ -257,7 +266,19 @@ impl EventSocket {
                 },
             }
         }
+        self.disconnect_all();
         log_errors(&self.socket.close().await);
+    }
+
+    /// The library's XPUB socket leaves its connections open when it is dropped (their read halves hold each other), so
+    /// each peer is dismissed by name.
+    fn disconnect_all(&mut self) {
+        let backend = self.socket.backend();
+        while let Some(Some(event)) = self.monitor.next().now_or_never() {
+            if let SocketEvent::Accepted(_, peer) = event {
+                backend.peer_disconnected(&peer);
+            }
+        }
     }
 
     async fn send(&mut self, frames: Vec<Bytes>) -> Result<(), SendError> {

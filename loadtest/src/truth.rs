@@ -207,7 +207,8 @@ impl Probe {
     /// What the prompt carries beside its tokens, as a query would say it.
     pub fn extras(&self) -> PromptExtras {
         PromptExtras {
-            lora_name: self.lora.as_ref().map(|lora| lora.name.clone()),
+            // SGLang's extra key names an adapter; that its events leave it out is not for the query to know.
+            lora_name: self.lora.as_ref().map(|lora| lora.name.clone()).or_else(|| self.extra_key.clone()),
             cache_salt: self.cache_salt.clone(),
             multimodal: self
                 .mm

@@ -72,6 +72,8 @@ pub struct FrameOwner {
     pub group: CacheGroup,
     /// What the group needs to serve a prefix.
     pub kind: GroupKind,
+    /// Consecutive blocks that the medium can only load together, aligned to the prompt's start; 1 for nearly all.
+    pub load_blocks: u32,
 }
 
 /// Everything in a frame but the operations.
@@ -204,6 +206,7 @@ mod wire {
         pub group: u16,
         pub window_tokens: u32,
         pub block_tokens: u32,
+        pub load_blocks: u32,
         pub medium: String,
     }
 
@@ -292,6 +295,7 @@ impl FrameOwner {
             group: self.group.0,
             window_tokens,
             block_tokens,
+            load_blocks: self.load_blocks,
             medium: self.medium.clone(),
         }
     }
@@ -315,11 +319,15 @@ impl FrameOwner {
         if record.medium.len() > MAX_MEDIUM_BYTES {
             return Err(ParseFrameError::Inconsistent("a medium name is too long"));
         }
+        if record.load_blocks == 0 {
+            return Err(ParseFrameError::Inconsistent("a medium loads no blocks"));
+        }
         Ok(Self {
             tier: Tier::from_index(record.tier).ok_or_else(|| unknown("tier", record.tier.into()))?,
             medium: record.medium.as_str().to_owned(),
             group: CacheGroup(record.group.to_native()),
             kind,
+            load_blocks: record.load_blocks.to_native(),
         })
     }
 }
@@ -590,6 +598,7 @@ mod tests {
                 2 => GroupKind::State { block_tokens: 64 },
                 _ => GroupKind::Unknown,
             },
+            load_blocks: 1 + i as u32 % 3,
         };
         FrameHeader {
             scope: Scope::new("meta-llama/Llama-3.1-8B", "", 16, 1).unwrap(),

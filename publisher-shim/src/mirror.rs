@@ -83,7 +83,7 @@ pub struct Mirror {
     limits: MirrorLimits,
     removal: RemovalPolicy,
     block_size: Option<u32>,
-    lookahead_tokens: u8,
+    variant: KeyVariant,
     places: Vec<Place>,
     hashes: HashMap<EngineHash, HashEntry, FixedState>,
     keys: HashMap<BlockKey, KeyEntry, FixedState>,
@@ -101,6 +101,8 @@ pub struct Mirror {
 struct Place {
     owner: FrameOwner,
     remote: bool,
+    /// Greatest common divisor of the numbers of hashes per stored event; 0 before the first.
+    chunk: u32,
     /// Visible keys.
     visible: u64,
 }
@@ -197,7 +199,7 @@ impl Mirror {
             limits,
             removal,
             block_size,
-            lookahead_tokens: 0,
+            variant: KeyVariant::default(),
             places: Vec::new(),
             hashes: HashMap::default(),
             keys: HashMap::default(),
@@ -217,7 +219,7 @@ impl Mirror {
 
     /// How this engine shapes its keys, as far as it has shown.
     pub fn variant(&self) -> KeyVariant {
-        KeyVariant { lookahead_tokens: self.lookahead_tokens, ..KeyVariant::default() }
+        self.variant
     }
 
     /// The owners, by the numbers that operations use.
@@ -337,6 +339,7 @@ impl Mirror {
             return;
         };
         self.learn_kind(batch, event, place);
+        self.learn_chunk(hashes.len(), place);
         let positional = self.is_positional(batch, event, place);
         let mut parent_hash = event.parent;
         let mut parent_key = match event.parent {
@@ -349,6 +352,7 @@ impl Mirror {
             let mut keys: SmallVec<[ExtraKey<'_>; 4]> =
                 lora.iter().map(|name| ExtraKey::Lora(name)).collect();
             while let Some(extra) = extras.next_if(|extra| extra.block as usize <= index) {
+                self.learn_offsets(batch, event, index, &extra.value);
                 keys.push(extra_key(batch, event, &extra.value));
             }
             let mut link = self.hashes.get(&hash).and_then(|entry| entry.link);
@@ -394,7 +398,7 @@ impl Mirror {
             return false;
         }
         if !event.lookahead.is_empty() {
-            self.lookahead_tokens = event.lookahead_of(batch, 0).len() as u8;
+            self.variant.lookahead_tokens = event.lookahead_of(batch, 0).len() as u8;
         }
         true
     }
@@ -584,9 +588,37 @@ impl Mirror {
         // Until the engine says otherwise, group 0 is the only group there is: full attention. Others fail closed.
         let known = self.places.iter().find(|place| place.owner.group == group).map(|place| place.owner.kind);
         let kind = known.unwrap_or(if group.0 == 0 { GroupKind::Full } else { GroupKind::Unknown });
-        let owner = FrameOwner { tier, medium, group, kind };
-        self.places.push(Place { owner, remote, visible: 0 });
+        let owner = FrameOwner { tier, medium, group, kind, load_blocks: 1 };
+        self.places.push(Place { owner, remote, chunk: 0, visible: 0 });
         Some((self.places.len() - 1) as u8)
+    }
+
+    /// vLLM's offloading connector loads whole chunks, and announces all blocks of a chunk in one event. So a host tier
+    /// whose every event had a multiple of n blocks is taken to load n at a time; at worst that under-reports.
+    fn learn_chunk(&mut self, hashes: usize, place: u8) {
+        let place = &mut self.places[usize::from(place)];
+        if place.owner.medium == "CPU" && hashes > 0 {
+            let (mut a, mut b) = (hashes as u32, place.chunk);
+            while b != 0 {
+                (a, b) = (b, a % b);
+            }
+            place.chunk = a;
+            place.owner.load_blocks = a;
+        }
+    }
+
+    /// Engines before vLLM 0.19 publish multimodal items without their offsets, as bare strings. On a first block such a
+    /// string may be a salt; later in a chain only an adapter or an item is possible.
+    fn learn_offsets(&mut self, batch: &Batch, event: &Stored, index: usize, value: &ExtraValue) {
+        match value {
+            ExtraValue::Multimodal(..) => self.variant.multimodal_offsets = true,
+            ExtraValue::Text(span) if index > 0 || event.parent.is_some() => {
+                if batch.text(span) != batch.text(&event.lora_name) {
+                    self.variant.multimodal_offsets = false;
+                }
+            }
+            ExtraValue::Text(_) | ExtraValue::Bytes(_) => {}
+        }
     }
 
     /// Notes what an event says about its cache group, for all places of that group.

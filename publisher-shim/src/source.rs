@@ -426,8 +426,10 @@ impl Source {
         self.counts.unknown_events += u64::from(self.batch.unknown_events);
         self.engine_time_ns = self.engine_time_ns.max(self.batch.time_ns);
         self.note_rank();
-        let over_limit = self.mirror.counts().over_limit;
+        let (over_limit, variant) = (self.mirror.counts().over_limit, self.mirror.variant());
         self.mirror.apply(&self.batch, &mut self.ops);
+        // An index matches an epoch by one variant.
+        self.new_epoch |= self.mirror.variant() != variant;
         self.note_health(self.mirror.counts().over_limit > over_limit);
         self.learn_scope();
     }

@@ -88,5 +88,7 @@ fn print(report: &FileReport) {
         report.over,
         report.under,
     ));
-    report.notes.iter().for_each(|note| output::line(&format!("    {note}")));
+    if !report.ok {
+        report.notes.iter().for_each(|note| output::line(&format!("    {note}")));
+    }
 }

@@ -25,7 +25,7 @@ pub fn owner(tier: Tier, group: u16, kind: GroupKind) -> FrameOwner {
         Tier::Unknown => "CXL".to_owned(),
         known => known.name().to_uppercase(),
     };
-    FrameOwner { tier, medium, group: CacheGroup(group), kind }
+    FrameOwner { tier, medium, group: CacheGroup(group), kind, load_blocks: 1 }
 }
 
 impl Publisher {
