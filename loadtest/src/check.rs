@@ -348,7 +348,11 @@ impl Rig {
         }
         let (epoch, next) = progress.position;
         let deadline = Instant::now() + SETTLE_TIMEOUT;
-        while next.0 > 0 {
+        // Nothing was published before the block size is known: then there is nothing to wait for.
+        if next.0 == 0 {
+            return Ok(());
+        }
+        loop {
             let request = grpc::ListOwnersRequest { model: MODEL.to_owned(), ..Default::default() };
             let sources = self.client.list_owners(request).await?.sources;
             let source = sources.iter().find(|source| {
@@ -359,7 +363,7 @@ impl Rig {
             if source
                 .is_some_and(|s| s.epoch == epoch.0 && s.applied_seq.is_some_and(|seq| seq + 1 >= next.0))
             {
-                break;
+                return Ok(());
             }
             if Instant::now() > deadline {
                 let state = format!("the shim is at {:?}, the index knows {source:?}", progress.position);
@@ -367,7 +371,6 @@ impl Rig {
             }
             sleep(SETTLE_POLL).await;
         }
-        Ok(())
     }
 
     fn source_of(&self, stream: u8) -> (String, u32) {

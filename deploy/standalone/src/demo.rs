@@ -33,7 +33,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 4, value_name = "N")]
     engines: usize,
     /// KV-cache blocks of each engine.
-    #[arg(long, default_value_t = 2_500, value_name = "BLOCKS")]
+    #[arg(long, default_value_t = 2_000, value_name = "BLOCKS")]
     engine_blocks: u32,
     /// Conversations in all.
     #[arg(long, default_value_t = 250, value_name = "N")]
@@ -59,7 +59,11 @@ pub async fn run(args: DemoArgs) -> Result<ExitCode, Failure> {
     let config = DemoConfig {
         engines: args.engines,
         engine_blocks: args.engine_blocks,
-        workload: WorkloadConfig { conversations: args.conversations, ..WorkloadConfig::default() },
+        workload: WorkloadConfig {
+            conversations: args.conversations,
+            system_prompts: 24,
+            ..WorkloadConfig::default()
+        },
         seed: args.seed,
         nats: args.nats.clone(),
         grpc_listen: address(args.grpc_listen, DEFAULT_GRPC)
@@ -78,9 +82,9 @@ pub async fn run(args: DemoArgs) -> Result<ExitCode, Failure> {
     };
     if let Some(report) = &report {
         if args.json {
-            output::json(report)
+            output::json(report);
         } else {
-            print(report)
+            print(report);
         }
         if !args.once {
             invite(&demo)?;

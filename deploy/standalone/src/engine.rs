@@ -98,11 +98,11 @@ impl EngineSpec {
         if !(1..=MAX_RANKS).contains(&self.data_parallel_size) {
             return Err(fail(format!("data-parallel-size must be 1 to {MAX_RANKS}")));
         }
+        let wildcard = self.zmq.contains("://*:") || self.zmq.contains("://0.0.0.0:");
         let attach = match self.attach {
-            Some(AttachSpec::Connect) => Attach::Connect,
             Some(AttachSpec::Bind) => Attach::Bind,
-            None if self.zmq.contains("://*:") || self.zmq.contains("://0.0.0.0:") => Attach::Bind,
-            None => Attach::Connect,
+            None if wildcard => Attach::Bind,
+            Some(AttachSpec::Connect) | None => Attach::Connect,
         };
         let endpoint = |rank: u32| -> Result<EndpointConfig, Failure> {
             let shifted = |address: &String| shift_port(address, rank).map_err(&fail);

@@ -57,9 +57,9 @@ async fn replay(file: &Path, args: &ReplayArgs, config: &CheckConfig) -> Result<
     if args.check {
         let report = check::check(file, config).await?;
         if args.json {
-            output::json(&report)
+            output::json(&report);
         } else {
-            print(&report)
+            print(&report);
         }
         return Ok(report.ok);
     }

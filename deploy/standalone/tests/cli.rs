@@ -1,0 +1,274 @@
+//! The binary as its users see it: exit codes, one-line errors, signals, machine-readable output.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest wait for a process to say something; far above what it takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The promise: a signal ends the process within this time.
+const STOP_WITHIN: Duration = Duration::from_secs(5);
+
+/// Log lines that wait to be read; more than any test's process writes.
+const LOG_LINES: usize = 10_000;
+
+/// A started process, killed when dropped.
+struct Running {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+fn kvatlas(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvatlas"));
+    command.args(arguments).stdin(Stdio::null());
+    // Settings of whoever runs the tests must not reach them.
+    for (name, _) in std::env::vars() {
+        if name.starts_with("KVATLAS_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    kvatlas(arguments).output().unwrap()
+}
+
+/// Fails with one line on standard error that contains `expected`.
+fn refuses(arguments: &[&str], code: i32, expected: &str) {
+    let output = run(arguments);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let last: Vec<&str> = stderr.lines().filter(|line| line.starts_with("kvatlas: ")).collect();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+    assert_eq!(last.len(), 1, "{arguments:?}: {stderr}");
+    assert!(last[0].contains(expected), "{arguments:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+impl Running {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = kvatlas(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        // A thread of its own, so that a silent process cannot hold the test up. It ends with the process.
+        let (lines_in, lines) = sync_channel(LOG_LINES);
+        std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).try_for_each(|line| lines_in.send(line))
+        });
+        Self { child, lines }
+    }
+
+    /// Reads the log until a line is `wanted`.
+    fn wait_for(&mut self, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = String::new();
+        while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            if wanted(&line) {
+                return line;
+            }
+            seen.push_str(&line);
+            seen.push('\n');
+        }
+        panic!("{what} did not appear in:\n{seen}");
+    }
+
+    /// Sends SIGTERM and returns the exit code.
+    fn terminate(mut self) -> Option<i32> {
+        let asked = Instant::now();
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(asked.elapsed() < STOP_WITHIN, "still running {STOP_WITHIN:?} after SIGTERM");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Gone already, or to go now; both are fine.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The address in a JSON log line's field.
+fn field(line: &str, name: &str) -> String {
+    let json: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+    json["fields"][name].as_str().unwrap_or_else(|| panic!("no {name} in {line}")).to_owned()
+}
+
+const ENGINE: &str = "model=m,instance=127.0.0.1:8000,zmq=tcp://127.0.0.1:1,replay=tcp://127.0.0.1:2";
+
+fn serve_on_free_ports(extra: &[&str]) -> (Running, String, String) {
+    let mut arguments =
+        vec!["--log-format", "json", "serve", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"];
+    arguments.extend_from_slice(extra);
+    let mut server = Running::start(&arguments);
+    let line = server.wait_for("readiness", |line| line.contains("kvatlas is ready"));
+    let (grpc, http) = (field(&line, "grpc"), field(&line, "http"));
+    (server, grpc, http)
+}
+
+#[test]
+fn sigterm_drains_and_exits_0_in_time_even_while_engines_are_unreachable() {
+    let (server, _, _) = serve_on_free_ports(&["--engine", ENGINE]);
+    assert_eq!(server.terminate(), Some(0));
+}
+
+#[test]
+fn a_running_server_answers_queries_in_both_forms() {
+    let (server, grpc, _) = serve_on_free_ports(&["--engine", ENGINE]);
+    let arguments = ["query", "--server", &grpc, "--json", "score", "--model", "m", "--tokens", "1,2,3"];
+    let output = run(&arguments);
+    assert!(output.status.success(), "{output:?}");
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["scope_known"], Value::Bool(false));
+    let output = run(&["query", "--server", &grpc, "owners"]);
+    assert!(String::from_utf8(output.stdout).unwrap().contains("instance"));
+    refuses(&["query", "--server", &grpc, "score", "--model", "m"], 2, "--tokens");
+    refuses(&["query", "--server", &grpc, "score", "--model", "m", "--keys", "1"], 1, "block_size");
+    assert_eq!(server.terminate(), Some(0));
+}
+
+#[test]
+fn metrics_of_server_and_shims_are_on_the_http_port() {
+    let (server, _, http) = serve_on_free_ports(&["--engine", ENGINE]);
+    let mut stream = std::net::TcpStream::connect(&http).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut text).unwrap();
+    for name in ["kvatlas_shim_connected", "kvatlas_shim_drops_total", "kvatlas_index_"] {
+        assert!(text.contains(name), "{name} is not in:\n{text}");
+    }
+    assert_eq!(server.terminate(), Some(0));
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    refuses(&["--log", "off", "serve", "--engine", ENGINE, "--grpc-listen", &address], 1, &address);
+    let http = [
+        "--log",
+        "off",
+        "serve",
+        "--engine",
+        ENGINE,
+        "--grpc-listen",
+        "127.0.0.1:0",
+        "--http-listen",
+        &address,
+    ];
+    refuses(&http, 1, &address);
+    refuses(&["--log", "off", "demo", "--grpc-listen", &address], 1, &address);
+}
+
+#[test]
+fn an_unreachable_broker_is_named() {
+    // Bound and closed again: nobody listens there.
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = format!("nats://{closed}");
+    refuses(&["--log", "off", "serve", "--nats", &url], 1, &url);
+    refuses(&["--log", "off", "shim", "--nats", &url, "--engine", ENGINE], 1, &url);
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named() {
+    refuses(&["serve", "--config", "/nonexistent/kvatlas.toml"], 2, "/nonexistent/kvatlas.toml");
+    refuses(&["replay", "/nonexistent/a.kvrec"], 2, "/nonexistent/a.kvrec");
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("kvatlas.toml");
+    std::fs::write(&config, "[server]\ngrpc_listen = \"127.0.0.1:0\"\n").unwrap();
+    refuses(&["serve", "--config", config.to_str().unwrap()], 2, "grpc_listen");
+    let recording = folder.path().join("a.kvrec");
+    std::fs::write(&recording, "not a recording").unwrap();
+    refuses(&["replay", recording.to_str().unwrap()], 1, "a.kvrec");
+    let seed = folder.path().join("seed");
+    std::fs::write(&seed, "secret!").unwrap();
+    refuses(&["serve", "--engine", ENGINE, "--key-seed-file", seed.to_str().unwrap()], 2, "16 hex digits");
+}
+
+#[test]
+fn wrong_settings_say_what_to_change() {
+    refuses(&["serve"], 2, "--engine");
+    refuses(&["shim", "--engine", ENGINE], 2, "--nats");
+    refuses(&["shim", "--nats", "nats://127.0.0.1:1"], 2, "--engine");
+    refuses(&["serve", "--engine", "model=m,instance=a:1,zmq=udp://x"], 2, "udp://x");
+    refuses(&["serve", "--engine", ENGINE, "--subject-prefix", "a b"], 2, "a b");
+    refuses(&["query", "--server", "127.0.0.1:1", "owners"], 1, "127.0.0.1:1");
+}
+
+#[test]
+fn the_demo_shows_cache_aware_routing_far_ahead() {
+    let output = run(&["--log", "warn", "demo", "--once", "--json", "--conversations", "120"]);
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let policy = |at: usize, name: &str| {
+        let policy = &report["policies"][at];
+        assert_eq!(policy["name"], name);
+        (policy["cached_share"].as_f64().unwrap(), policy["blocks_prefilled"].as_u64().unwrap())
+    };
+    let ((share, blocks), (rr_share, rr_blocks)) = (policy(0, "kvatlas"), policy(1, "round_robin"));
+    assert!(share > rr_share + 0.15 && blocks * 2 < rr_blocks, "{report}");
+    assert!(report["score_p50_us"].as_u64() <= report["score_p99_us"].as_u64());
+}
+
+#[test]
+fn the_demo_stays_up_for_queries_until_it_is_told_to_stop() {
+    let arguments = [
+        "--log-format",
+        "json",
+        "demo",
+        "--conversations",
+        "10",
+        "--grpc-listen",
+        "127.0.0.1:0",
+        "--http-listen",
+        "127.0.0.1:0",
+    ];
+    let mut demo = Running::start(&arguments);
+    let line = demo.wait_for("the address", |line| line.contains("the index server runs"));
+    let grpc = field(&line, "grpc_addr");
+    demo.wait_for("the last step of progress", |line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.get(3) == Some(&"requests:") && words[0] == words[2]
+    });
+    let output = run(&["query", "--server", &grpc, "--json", "owners", "--model", "demo"]);
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["sources"].as_array().unwrap().len(), 4, "{answer}");
+    assert_eq!(demo.terminate(), Some(0));
+}
+
+#[test]
+fn replay_check_prints_one_object_a_file_and_its_verdict_is_the_exit_code() {
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../loadtest/fixtures");
+    let file = |name: &str| format!("{fixtures}/{name}");
+    let output = run(&["replay", &file("vllm0330_duplicates.kvrec.zst"), "--check", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let expected = [
+        ("checkpoints", 8),
+        ("checkpoints_exact", 8),
+        ("probes", 16),
+        ("equal", 16),
+        ("over", 0),
+        ("under", 0),
+    ];
+    for (name, value) in expected {
+        assert_eq!(report[name], value, "{report}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let swapped = folder.path().join("a.kvrec.zst");
+    std::fs::copy(file("vllm0300_mixed.kvrec.zst"), &swapped).unwrap();
+    std::fs::copy(file("vllm0221_mixed.truth.json.zst"), folder.path().join("a.truth.json.zst")).unwrap();
+    let output = run(&["replay", "--check", swapped.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+}
