@@ -119,7 +119,7 @@ pub struct TierWeight {
 #[derive(Args, Clone, Debug)]
 pub struct LogSettings {
     /// What is logged: a level (error, warn, info, debug, trace) or a filter such as warn,kvatlas_shim=debug.
-    #[arg(long, env = "KVATLAS_LOG", default_value = "info", global = true, value_name = "FILTER")]
+    #[arg(long, env = "KVATLAS_LOG", default_value = "info,async_nats=warn,zeromq=warn", global = true, value_name = "FILTER")]
     pub log: String,
     /// Form of the log lines on standard error.
     #[arg(long, env = "KVATLAS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
