@@ -253,6 +253,7 @@ impl Rig {
                 None => "engine".to_owned(),
             };
             let shim_config = ShimConfig {
+                adapter: None,
                 model: MODEL.to_owned(),
                 tenant: String::new(),
                 instance: InstanceId::new(format!("{name}:8000"))?,

@@ -301,6 +301,7 @@ fn shim_config(
     subjects: &Subjects,
 ) -> Result<ShimConfig, InvalidInstanceError> {
     Ok(ShimConfig {
+        adapter: None,
         model: MODEL.to_owned(),
         tenant: String::new(),
         instance: InstanceId::new(name)?,

@@ -91,6 +91,8 @@ pub struct Removed {
     pub remote: bool,
     /// As in [`Stored::group`].
     pub group: Option<u16>,
+    /// Copies that remain, one number per hash, in the tokens' buffer; empty from engines that do not say.
+    pub remaining: Span,
 }
 
 /// One extra key of one block of a stored event.

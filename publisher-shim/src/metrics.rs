@@ -35,6 +35,14 @@ struct ReasonLabels {
     reason: Cow<'static, str>,
 }
 
+#[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
+struct AdapterLabels {
+    model: String,
+    instance: String,
+    rank: u32,
+    adapter: &'static str,
+}
+
 type Read = fn(&Progress) -> u64;
 
 /// Name, help and value of every counter with one value per source.
@@ -113,6 +121,13 @@ impl Collector for ShimCollector {
                 ConstGauge::new(read(source)).encode(metric.encode_family(&SourceLabels::of(source))?)?;
             }
         }
+        let help =
+            "1 for the adapter that reads the engine's events; its label is unknown until it is recognised";
+        let mut metric = encoder.encode_descriptor("kvatlas_shim_adapter", help, None, MetricType::Gauge)?;
+        for source in &sources {
+            let labels = AdapterLabels::of(source);
+            ConstGauge::new(1u64).encode(metric.encode_family(&labels)?)?;
+        }
         let help = "Messages or blocks that were dropped or do not count, by reason";
         let mut metric = encoder.encode_descriptor("kvatlas_shim_drops", help, None, MetricType::Counter)?;
         for source in &sources {
@@ -134,6 +149,15 @@ impl SourceLabels {
             instance: progress.source.instance.to_string(),
             rank: progress.source.rank.0,
         }
+    }
+}
+
+// === impl AdapterLabels ===
+
+impl AdapterLabels {
+    fn of(progress: &Progress) -> Self {
+        let SourceLabels { model, instance, rank } = SourceLabels::of(progress);
+        Self { model, instance, rank, adapter: progress.adapter.unwrap_or("unknown") }
     }
 }
 

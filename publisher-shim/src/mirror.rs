@@ -163,15 +163,23 @@ impl Counts {
         true
     }
 
-    /// Takes one (or all) away and says whether it was the last. Must be held.
-    fn take(&mut self, place: u8, all: bool) -> bool {
-        let at =
-            self.0.iter().position(|(p, _)| *p == place).expect("the caller checked that a copy is there");
-        if all || self.0[at].1 == 1 {
-            self.0.swap_remove(at);
-            return true;
+    /// Takes one away and says whether it was the last. Must be held.
+    fn take(&mut self, place: u8) -> bool {
+        match self.get(place) {
+            0 | 1 => self.take_all(place),
+            n => self.set(place, n - 1),
         }
-        self.0[at].1 -= 1;
+    }
+
+    /// Takes all away: true, for the last has gone.
+    fn take_all(&mut self, place: u8) -> bool {
+        self.0.retain(|(p, _)| *p != place);
+        true
+    }
+
+    /// Sets a number above 0: false, for some are left. Must be held.
+    fn set(&mut self, place: u8, copies: u32) -> bool {
+        self.0.iter_mut().filter(|(p, _)| *p == place).for_each(|(_, n)| *n = copies);
         false
     }
 
@@ -512,12 +520,17 @@ impl Mirror {
             self.counts.unknown_removals += hashes.len() as u64;
             return;
         };
-        for &hash in hashes {
+        let remaining = batch.tokens(&event.remaining);
+        for (index, &hash) in hashes.iter().enumerate() {
             let Some(entry) = self.hashes.get_mut(&hash).filter(|entry| entry.copies.get(place) > 0) else {
                 self.counts.unknown_removals += 1;
                 continue;
             };
-            let last = entry.copies.take(place, self.removal == RemovalPolicy::LastCopy);
+            let last = match (remaining.get(index), self.removal) {
+                (Some(0), _) | (None, RemovalPolicy::LastCopy) => entry.copies.take_all(place),
+                (Some(copies), _) => entry.copies.set(place, *copies),
+                (None, RemovalPolicy::PerCopy) => entry.copies.take(place),
+            };
             let (link, gone) = (entry.link, entry.copies.is_empty());
             if let (true, Some(link)) = (last, link) {
                 self.release(link.key, place, ops);
@@ -542,7 +555,7 @@ impl Mirror {
 
     fn release(&mut self, key: BlockKey, place: u8, ops: &mut OpBuffer) {
         let Some(entry) = self.keys.get_mut(&key) else { return };
-        if entry.holders.take(place, false) {
+        if entry.holders.take(place) {
             self.places[usize::from(place)].visible -= 1;
             ops.removed(place, key);
             if entry.holders.is_empty() {

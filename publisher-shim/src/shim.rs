@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::adapter::Adapter;
 use crate::burst::Burst;
 use crate::mirror::{MirrorCounts, MirrorLimits, RemovalPolicy};
 use crate::source::{Live, Source, SourceConfig, SourceCounts};
@@ -64,6 +65,8 @@ pub struct EndpointConfig {
 /// What one shim follows and how it publishes.
 #[derive(Clone, Debug)]
 pub struct ShimConfig {
+    /// Who speaks; `None`: the first messages show it.
+    pub adapter: Option<&'static dyn Adapter>,
     /// Model name as the engine serves it.
     pub model: String,
     /// Tenant; empty for the default one.
@@ -98,6 +101,8 @@ pub struct Progress {
     pub source: SourceId,
     /// Model name.
     pub model: String,
+    /// Name of the adapter, once known.
+    pub adapter: Option<&'static str>,
     /// State of the event connection.
     pub connection: Connection,
     /// Number of the connection up to which the source has compared or replayed.
@@ -224,6 +229,7 @@ impl Shim {
         }
         let source = Source::new(
             SourceConfig {
+                adapter: config.adapter,
                 model: config.model.clone(),
                 tenant: config.tenant.clone(),
                 instance: config.instance.clone(),
@@ -309,6 +315,7 @@ impl Progress {
         Self {
             source: source.id(),
             model: model.to_owned(),
+            adapter: source.adapter().map(Adapter::name),
             connection: Connection::default(),
             known_connection: 0,
             engine_seq: source.last_engine_seq(),

@@ -32,7 +32,7 @@ use kvatlas_proto::keys::KEY_VERSION;
 use kvatlas_proto::scope::InvalidScopeError;
 use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, SourceId, Tier};
 
-use crate::adapter::{DecodeError, vllm};
+use crate::adapter::{self, Adapter, DecodeError, vllm};
 use crate::event::{Batch, Event};
 use crate::mirror::{Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
 
@@ -47,6 +47,8 @@ const HISTORY_MESSAGES: usize = 16_384;
 /// What identifies and bounds a source.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
+    /// Who speaks; `None`: the first messages show it.
+    pub adapter: Option<&'static dyn Adapter>,
     /// Model name as the engine serves it.
     pub model: String,
     /// Tenant; empty for the default one.
@@ -70,6 +72,7 @@ pub struct SourceConfig {
 /// One engine rank as a publisher.
 pub struct Source {
     config: SourceConfig,
+    adapter: Option<&'static dyn Adapter>,
     mirror: Mirror,
     batch: Batch,
     ops: OpBuffer,
@@ -187,6 +190,7 @@ impl Source {
             new_epoch: true,
             engine_time_ns: 0,
             counts: SourceCounts::default(),
+            adapter: config.adapter,
             config,
         };
         source.learn_scope();
@@ -216,6 +220,11 @@ impl Source {
     /// What the source knows about its own truth.
     pub fn health(&self) -> SourceHealth {
         self.health
+    }
+
+    /// Who speaks, once known.
+    pub fn adapter(&self) -> Option<&'static dyn Adapter> {
+        self.adapter
     }
 
     /// Counters of the engine's side.
@@ -257,6 +266,7 @@ impl Source {
     /// Offers a live message. `after_replay` says that the engine was just asked, so that what is missing now will
     /// never come.
     pub fn live(&mut self, seq: u64, payload: &[u8], after_replay: bool) -> Live {
+        self.note_adapter(payload);
         if self.suspect {
             if self.config.has_replay && !after_replay {
                 return Live::Replay { from: 0 };
@@ -269,9 +279,11 @@ impl Source {
             }
         }
         match self.last {
-            None if seq > 0 && self.config.has_replay && !after_replay => return Live::Replay { from: 0 },
+            None if seq > self.first_seq() && self.config.has_replay && !after_replay => {
+                return Live::Replay { from: 0 };
+            }
             None => {
-                if seq > 0 && self.health == SourceHealth::Exact {
+                if seq > self.first_seq() && self.health == SourceHealth::Exact {
                     self.health = SourceHealth::JoinedLate;
                 }
             }
@@ -290,7 +302,7 @@ impl Source {
             }
             Some(_) => {
                 self.restart();
-                if seq > 0 {
+                if seq > self.first_seq() {
                     if self.config.has_replay && !after_replay {
                         return Live::Replay { from: 0 };
                     }
@@ -310,6 +322,7 @@ impl Source {
         }
         self.suspect = false;
         for (seq, payload) in messages {
+            self.note_adapter(payload);
             match self.last {
                 Some(last) if *seq <= last => self.counts.duplicates += 1,
                 Some(last) if *seq == last + 1 => self.apply(*seq, payload),
@@ -318,7 +331,7 @@ impl Source {
                     self.apply(*seq, payload);
                 }
                 None => {
-                    if *seq > 0 && self.health == SourceHealth::Exact {
+                    if *seq > self.first_seq() && self.health == SourceHealth::Exact {
                         self.health = SourceHealth::JoinedLate;
                     }
                     self.apply(*seq, payload);
@@ -389,7 +402,7 @@ impl Source {
         let reaches_back = messages.last().is_some_and(|(seq, _)| *seq >= last);
         if same != Some(true) || !reaches_back {
             self.restart();
-            if messages.first().is_some_and(|(seq, _)| *seq > 0) {
+            if messages.first().is_some_and(|(seq, _)| *seq > self.first_seq()) {
                 self.health = SourceHealth::EventsLost;
             }
         }
@@ -418,7 +431,8 @@ impl Source {
     fn apply(&mut self, seq: u64, payload: &[u8]) {
         self.last = Some(seq);
         self.history.record(seq, payload);
-        if let Err(error) = vllm::decode(payload, &mut self.batch) {
+        let adapter = self.adapter.unwrap_or(&vllm::Vllm);
+        if let Err(error) = adapter.decode(payload, &mut self.batch) {
             self.note_undecodable(seq, error);
             return;
         }
@@ -432,6 +446,19 @@ impl Source {
         self.new_epoch |= self.mirror.variant() != variant;
         self.note_health(self.mirror.counts().over_limit > over_limit);
         self.learn_scope();
+    }
+
+    fn note_adapter(&mut self, payload: &[u8]) {
+        if self.adapter.is_none() {
+            self.adapter = adapter::detect(payload);
+            if let Some(adapter) = self.adapter {
+                tracing::info!(source = %self.id(), adapter = adapter.name(), "recognised the engine by its events");
+            }
+        }
+    }
+
+    fn first_seq(&self) -> u64 {
+        self.adapter.map_or(0, Adapter::first_seq)
     }
 
     fn learn_scope(&mut self) {

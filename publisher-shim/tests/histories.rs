@@ -197,6 +197,7 @@ impl Engine {
 
 fn source() -> Source {
     let config = SourceConfig {
+        adapter: None,
         model: "m".into(),
         tenant: String::new(),
         instance: InstanceId::new("a:1").unwrap(),

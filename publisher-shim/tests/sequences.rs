@@ -19,6 +19,7 @@ struct Rig {
 impl Rig {
     fn new(has_replay: bool) -> Self {
         let config = SourceConfig {
+            adapter: None,
             model: "m".into(),
             tenant: String::new(),
             instance: InstanceId::new("a:1").unwrap(),
@@ -51,15 +52,18 @@ impl Rig {
     }
 }
 
-/// Block number `n` of a chain of one-block messages; the time makes every life's bytes differ.
-fn block(life: u64, n: u64) -> Bytes {
-    let event = StoredEvent {
+fn block_event(life: u64, n: u64) -> StoredEvent {
+    StoredEvent {
         hashes: vec![life * 1_000 + n + 1],
         parent: (n > 0).then_some(life * 1_000 + n),
         tokens: (0..4).map(|i| (n * 4 + i) as u32).collect(),
         ..StoredEvent::default()
-    };
-    Bytes::from(batch_at(1e9 + (life * 100 + n) as f64, vec![event.map()]))
+    }
+}
+
+/// Block number `n` of a chain of one-block messages; the time makes every life's bytes differ.
+fn block(life: u64, n: u64) -> Bytes {
+    Bytes::from(batch_at(1e9 + (life * 100 + n) as f64, vec![block_event(life, n).map()]))
 }
 
 fn replay(life: u64, range: std::ops::Range<u64>) -> Vec<(u64, Bytes)> {
@@ -239,6 +243,7 @@ fn unknown_parents_are_kept_up_to_the_bound_and_counted_beyond() {
     let mut rig = Rig::new(false);
     let limits = MirrorLimits { unresolved: 3, ..MirrorLimits::default() };
     let config = SourceConfig {
+        adapter: None,
         model: "m".into(),
         tenant: String::new(),
         instance: InstanceId::new("a:1").unwrap(),
@@ -268,6 +273,25 @@ fn a_block_removed_twice_changes_nothing_the_second_time() {
     // And the next copy counts as one.
     rig.live(3, &block(0, 0));
     assert_eq!(rig.blocks(), 1);
+}
+
+#[test]
+fn remaining_copies_are_believed_where_the_engine_says_them() {
+    let mut rig = Rig::new(false);
+    rig.live(0, &block(0, 0));
+    rig.live(1, &batch_at(2e9, vec![block_event(0, 0).map(), block_event(0, 0).map()]));
+    let removal = |remaining: u32| {
+        common::map(vec![
+            ("type", "BlockRemoved".into()),
+            ("block_hashes", rmpv::Value::Array(vec![1.into()])),
+            ("medium", "GPU".into()),
+            ("remaining_copy_counts", rmpv::Value::Array(vec![remaining.into()])),
+        ])
+    };
+    rig.live(2, &batch_at(3e9, vec![removal(1)]));
+    assert_eq!(rig.blocks(), 1);
+    rig.live(3, &batch_at(4e9, vec![removal(0)]));
+    assert_eq!(rig.blocks(), 0);
 }
 
 #[test]

@@ -3,14 +3,16 @@
 mod common;
 
 use common::{StoredEvent, batch, cleared, encode, map, removed};
-use kvatlas_shim::adapter::{DecodeError, vllm};
+use kvatlas_shim::adapter::envelope::Envelope;
+use kvatlas_shim::adapter::vllm::Vllm;
+use kvatlas_shim::adapter::{Adapter as _, DecodeError, detect};
 use kvatlas_shim::event::{Batch, EngineHash, Event, Stored};
 use proptest::prelude::*;
 use rmpv::Value;
 
 fn decode(payload: &[u8]) -> Result<Batch, DecodeError> {
     let mut batch = Batch::default();
-    vllm::decode(payload, &mut batch).map(|()| batch)
+    Vllm.decode(payload, &mut batch).map(|()| batch)
 }
 
 fn stored(batch: &Batch) -> &Stored {
@@ -41,6 +43,49 @@ fn array_and_map_forms_say_the_same() {
         assert!(matches!(batch.events[1..], [Event::Removed(_), Event::Cleared]));
         assert_eq!((batch.rank, batch.time_ns), (Some(0), 1_795_168_931_500_000_000));
     }
+}
+
+#[test]
+fn the_adapter_is_recognised_by_the_first_events_that_show_it() {
+    let name = |events: Vec<Value>| detect(&batch(events)).map(|adapter| adapter.name());
+    let with = |key: &'static str, value: Value| {
+        let mut event = example().map();
+        if let Value::Map(pairs) = &mut event {
+            pairs.push((key.into(), value));
+        }
+        event
+    };
+    assert_eq!(name(vec![example().map()]), Some("vllm"));
+    assert_eq!(name(vec![example().array()]), Some("vllm"));
+    assert_eq!(name(vec![cleared(), with("cache_salt", "a".into())]), Some("sglang"));
+    let signed =
+        map(vec![("type", "BlockRemoved".into()), ("block_hashes", Value::Array(vec![(-5).into()]))]);
+    assert_eq!(name(vec![example().map(), signed]), Some("sglang"));
+    assert_eq!(name(vec![with("event_id", 1.into())]), Some("envelope"));
+    assert_eq!(name(vec![cleared()]), None);
+    assert!(detect(b"\xc1").is_none());
+}
+
+#[test]
+fn an_envelope_says_each_hash_twice_and_counts_once() {
+    let event = map(vec![
+        ("event_id", 1.into()),
+        ("event_type", "stored".into()),
+        ("type", "BlockStored".into()),
+        ("medium", "cpu".into()),
+        ("seq_hashes", Value::Array(vec![u64::MAX.into()])),
+        ("block_hashes", Value::Array(vec![(-1).into()])),
+        ("parent_hash", 7.into()),
+        ("token_ids", Value::Nil),
+        ("block_size", Value::Nil),
+        ("parent_block_hash", Value::Nil),
+    ]);
+    let mut decoded = Batch::default();
+    Envelope.decode(&batch(vec![event]), &mut decoded).unwrap();
+    let stored = stored(&decoded);
+    assert_eq!(decoded.hashes(&stored.hashes), [EngineHash::from_bits(u64::MAX)]);
+    assert_eq!(stored.parent, Some(EngineHash::from_bits(7)));
+    assert_eq!(Envelope.first_seq(), 1);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use kvatlas_proto::subject::Subjects;
 use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
+use kvatlas_shim::adapter::{self, ADAPTERS};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, ShimConfig};
 use kvatlas_shim::zmq::Attach;
@@ -26,6 +27,9 @@ pub struct EngineSpec {
     pub zmq: String,
     /// Replay socket, for example tcp://10.0.0.7:5657. Without it a gap costs what was known.
     pub replay: Option<String>,
+    /// Who speaks: vllm, sglang, envelope, or auto (the default), which the first messages decide.
+    #[serde(default)]
+    pub adapter: String,
     /// Only messages whose topic starts with this.
     #[serde(default)]
     pub topic: String,
@@ -114,7 +118,15 @@ impl EngineSpec {
                 rank: (self.data_parallel_size > 1).then_some(DpRank(rank)),
             })
         };
+        let adapter = match self.adapter.as_str() {
+            "" | "auto" => None,
+            name => Some(adapter::adapter(name).ok_or_else(|| {
+                let known: Vec<&str> = ADAPTERS.iter().map(|adapter| adapter.name()).collect();
+                fail(format!("there is no adapter {name:?}; use auto or one of {}", known.join(", ")))
+            })?),
+        };
         Ok(ShimConfig {
+            adapter,
             model: self.model.clone(),
             tenant: self.tenant.clone(),
             instance: InstanceId::new(name).map_err(|error| Failure::usage(error.to_string()))?,
@@ -190,6 +202,7 @@ mod tests {
             ("model=m,instance=a:1,zmq=tcp://a:65535,data-parallel-size=2", "rank 1"),
             ("model=m,instance=a:1,zmq=tcp://a:1,data-parallel-size=0", "data-parallel-size"),
             ("model=m,instance=a:1,zmq=tcp://a:1,removal=never", "never"),
+            ("model=m,instance=a:1,zmq=tcp://a:1,adapter=trt", "sglang"),
         ] {
             let error = config(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");

@@ -29,8 +29,9 @@ pub struct Settings {
     #[arg(long, env = "KVATLAS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Engine to follow, as KEY=VALUE,...; may be given several times. Keys: model, instance, zmq (required); replay,
-    /// topic, tenant, block-size, data-parallel-size, attach (connect or bind), removal (per-copy or last-copy).
+    /// Engine to follow, as KEY=VALUE,...; may be given several times. Keys: model, instance, zmq (required); adapter
+    /// (auto, vllm, sglang or envelope), replay, topic, tenant, block-size, data-parallel-size, attach (connect or
+    /// bind), removal (per-copy or last-copy).
     #[arg(long = "engine", env = "KVATLAS_ENGINE", value_delimiter = ';', value_name = "KEY=VALUE,...")]
     #[serde(rename = "engine")]
     pub engines: Vec<EngineSpec>,
@@ -119,7 +120,13 @@ pub struct TierWeight {
 #[derive(Args, Clone, Debug)]
 pub struct LogSettings {
     /// What is logged: a level (error, warn, info, debug, trace) or a filter such as warn,kvatlas_shim=debug.
-    #[arg(long, env = "KVATLAS_LOG", default_value = "info,async_nats=warn,zeromq=warn", global = true, value_name = "FILTER")]
+    #[arg(
+        long,
+        env = "KVATLAS_LOG",
+        default_value = "info,async_nats=warn,zeromq=warn",
+        global = true,
+        value_name = "FILTER"
+    )]
     pub log: String,
     /// Form of the log lines on standard error.
     #[arg(long, env = "KVATLAS_LOG_FORMAT", value_enum, default_value = "text", global = true)]
