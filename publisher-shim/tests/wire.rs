@@ -5,7 +5,7 @@ mod common;
 use common::{StoredEvent, batch, cleared, encode, map, removed};
 use kvatlas_shim::adapter::envelope::Envelope;
 use kvatlas_shim::adapter::vllm::Vllm;
-use kvatlas_shim::adapter::{Adapter as _, DecodeError, detect};
+use kvatlas_shim::adapter::{Adapter, DecodeError, detect};
 use kvatlas_shim::event::{Batch, EngineHash, Event, Stored};
 use proptest::prelude::*;
 use rmpv::Value;
@@ -47,7 +47,7 @@ fn array_and_map_forms_say_the_same() {
 
 #[test]
 fn the_adapter_is_recognised_by_the_first_events_that_show_it() {
-    let name = |events: Vec<Value>| detect(&batch(events)).map(|adapter| adapter.name());
+    let name = |events: Vec<Value>| detect(&batch(events)).map(Adapter::name);
     let with = |key: &'static str, value: Value| {
         let mut event = example().map();
         if let Value::Map(pairs) = &mut event {
