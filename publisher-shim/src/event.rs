@@ -123,6 +123,15 @@ impl EngineHash {
         Self(bits as u128)
     }
 
+    /// The name of part `number` of a block that is taken apart. Parts of different blocks never share a name in practice
+    /// (128 bits), nor does a part share one with an engine's own.
+    pub fn part(self, number: u32) -> Self {
+        let mut bytes = [0; 20];
+        bytes[..16].copy_from_slice(&self.0.to_le_bytes());
+        bytes[16..].copy_from_slice(&number.to_le_bytes());
+        Self::from_bytes(&bytes)
+    }
+
     /// From a byte string.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self(xxh3_128(bytes) | 1 << 127)
@@ -191,6 +200,64 @@ impl Batch {
         let start = self.text.len() as u32;
         self.text.extend_from_slice(bytes);
         start..self.text.len() as u32
+    }
+
+    /// Appends hashes and returns where they are.
+    pub fn push_hashes(&mut self, hashes: impl IntoIterator<Item = EngineHash>) -> Span {
+        let start = self.hashes_end();
+        self.hashes.extend(hashes);
+        start..self.hashes_end()
+    }
+
+    /// Appends token ids and returns where they are.
+    pub fn push_tokens(&mut self, tokens: &[u32]) -> Span {
+        let start = self.tokens_end();
+        self.tokens.extend_from_slice(tokens);
+        start..self.tokens_end()
+    }
+
+    /// Appends an event of another batch, with everything it refers to.
+    pub fn copy_event(&mut self, from: &Self, event: &Event) {
+        let event = match event {
+            Event::Cleared => Event::Cleared,
+            Event::Removed(removed) => Event::Removed(Removed {
+                hashes: self.push_hashes(from.hashes(&removed.hashes).iter().copied()),
+                medium: self.push_bytes(from.bytes(&removed.medium)),
+                remaining: self.push_tokens(from.tokens(&removed.remaining)),
+                ..removed.clone()
+            }),
+            Event::Stored(stored) => Event::Stored(self.copy_stored(from, stored)),
+        };
+        self.events.push(event);
+    }
+
+    /// Copies what a stored event of another batch refers to, and returns the event as it is here.
+    pub fn copy_stored(&mut self, from: &Self, stored: &Stored) -> Stored {
+        let extras = stored.extras.as_ref().map(|span| {
+            let start = self.extras_end();
+            for extra in from.extras(span) {
+                let value = match &extra.value {
+                    ExtraValue::Text(text) => ExtraValue::Text(self.push_bytes(from.bytes(text))),
+                    ExtraValue::Multimodal(id, offset) => {
+                        ExtraValue::Multimodal(self.push_bytes(from.bytes(id)), *offset)
+                    }
+                    ExtraValue::Bytes(bytes) => ExtraValue::Bytes(self.push_bytes(from.bytes(bytes))),
+                };
+                self.push_extra(Extra { block: extra.block, value });
+            }
+            start..self.extras_end()
+        });
+        Stored {
+            hashes: self.push_hashes(from.hashes(&stored.hashes).iter().copied()),
+            tokens: self.push_tokens(from.tokens(&stored.tokens)),
+            lookahead: self.push_tokens(from.tokens(&stored.lookahead)),
+            medium: self.push_bytes(from.bytes(&stored.medium)),
+            lora_name: self.push_bytes(from.bytes(&stored.lora_name)),
+            cache_salt: self.push_bytes(from.bytes(&stored.cache_salt)),
+            group_kind: self.push_bytes(from.bytes(&stored.group_kind)),
+            extras,
+            ..stored.clone()
+        }
     }
 
     /// Where the next hash will go.

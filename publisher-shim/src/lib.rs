@@ -9,6 +9,7 @@ pub mod event;
 pub mod metrics;
 pub mod mirror;
 pub mod msgpack;
+pub mod repage;
 pub mod shim;
 pub mod source;
 pub mod zmq;

@@ -46,7 +46,7 @@ struct AdapterLabels {
 type Read = fn(&Progress) -> u64;
 
 /// Name, help and value of every counter with one value per source.
-const COUNTERS: [(&str, &str, Read); 17] = [
+const COUNTERS: [(&str, &str, Read); 18] = [
     ("kvatlas_shim_messages", "Engine messages applied", |p| p.counts.messages),
     (
         "kvatlas_shim_duplicate_messages",
@@ -66,6 +66,9 @@ const COUNTERS: [(&str, &str, Read); 17] = [
     ("kvatlas_shim_removed_blocks", "Blocks that the engine removed, copies counted", |p| p.mirror.removed),
     ("kvatlas_shim_unknown_removals", "Removals of a block that was not held there", |p| {
         p.mirror.unknown_removals
+    }),
+    ("kvatlas_shim_expired_blocks", "Blocks that expired in a medium that announces no removals", |p| {
+        p.mirror.expired
     }),
     ("kvatlas_shim_orphan_blocks", "Blocks that had to wait for their parent or tokens", |p| {
         p.mirror.unresolved
@@ -88,10 +91,11 @@ const GAUGES: [(&str, &str, Read); 3] = [
 ];
 
 /// Reasons for which blocks or messages do not count, beside undecodable messages.
-const DROPS: [(&str, Read); 5] = [
+const DROPS: [(&str, Read); 6] = [
     ("frame_shape", |p| p.bad_frames),
     ("over_limit", |p| p.mirror.over_limit),
     ("block_size_mismatch", |p| p.mirror.block_size_mismatch),
+    ("untracked_page", |p| p.untracked_pages),
     ("unknown_medium", |p| p.mirror.unknown_medium),
     ("unknown_group", |p| p.mirror.unknown_group),
 ];

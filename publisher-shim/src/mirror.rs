@@ -31,6 +31,9 @@ use smallvec::SmallVec;
 
 use crate::event::{Batch, EngineHash, Event, ExtraValue, Removed, Stored};
 
+/// Default of [`MirrorLimits::store_only_ttl_ns`]: an hour, longer than most conversations pause.
+pub const STORE_ONLY_TTL_NS: u64 = 3_600 * 1_000_000_000;
+
 /// Bounds of one mirror.
 #[derive(Clone, Copy, Debug)]
 pub struct MirrorLimits {
@@ -40,6 +43,9 @@ pub struct MirrorLimits {
     pub unresolved: usize,
     /// Most ghosts.
     pub ghosts: usize,
+    /// How long a block counts in a medium that has never announced a removal, nanoseconds; 0: for ever. Some stores
+    /// announce what they take in and never what they drop.
+    pub store_only_ttl_ns: u64,
 }
 
 /// What a removal says about copies.
@@ -67,6 +73,8 @@ pub struct MirrorCounts {
     pub unresolved: u64,
     /// Hashes that waited and got their key.
     pub linked: u64,
+    /// Blocks that expired in a medium that announces no removals.
+    pub expired: u64,
     /// Hashes not tracked because a bound was reached.
     pub over_limit: u64,
     /// Stored events whose block size is not the scope's.
@@ -94,6 +102,8 @@ pub struct Mirror {
     unresolved: usize,
     ghosts: VecDeque<(EngineHash, u32)>,
     next_stamp: u32,
+    /// Latest time that was told, nanoseconds.
+    now_ns: u64,
     counts: MirrorCounts,
 }
 
@@ -105,6 +115,21 @@ struct Place {
     chunk: u32,
     /// Visible keys.
     visible: u64,
+    /// Whether it says what it drops.
+    removals: Removals,
+}
+
+/// Whether a medium says what it drops.
+enum Removals {
+    /// It does, or is device memory, which always does.
+    Announced,
+    /// It has not so far: what it took in expires.
+    NeverSeen {
+        /// When each hash expires, nanoseconds.
+        deadlines: HashMap<EngineHash, u64, FixedState>,
+        /// The same in order; an entry whose deadline has moved is void.
+        queue: VecDeque<(u64, EngineHash)>,
+    },
 }
 
 struct HashEntry {
@@ -142,7 +167,7 @@ struct Counts(SmallVec<[(u8, u32); 2]>);
 impl Default for MirrorLimits {
     /// 16 Mi hashes are 268 million tokens at 16 tokens a block: an order above any single engine today.
     fn default() -> Self {
-        Self { hashes: 16 << 20, unresolved: 65_536, ghosts: 131_072 }
+        Self { hashes: 16 << 20, unresolved: 65_536, ghosts: 131_072, store_only_ttl_ns: STORE_ONLY_TTL_NS }
     }
 }
 
@@ -192,6 +217,23 @@ impl Counts {
     }
 }
 
+// === impl Place ===
+
+impl Place {
+    /// The next hash whose time is up.
+    fn next_expired(&mut self, now_ns: u64) -> Option<EngineHash> {
+        let Removals::NeverSeen { deadlines, queue } = &mut self.removals else { return None };
+        while queue.front().is_some_and(|(deadline, _)| *deadline <= now_ns) {
+            let (deadline, hash) = queue.pop_front()?;
+            if deadlines.get(&hash) == Some(&deadline) {
+                deadlines.remove(&hash);
+                return Some(hash);
+            }
+        }
+        None
+    }
+}
+
 // === impl Mirror ===
 
 impl Mirror {
@@ -216,6 +258,7 @@ impl Mirror {
             unresolved: 0,
             ghosts: VecDeque::new(),
             next_stamp: 1,
+            now_ns: 0,
             counts: MirrorCounts::default(),
         }
     }
@@ -295,6 +338,7 @@ impl Mirror {
     pub fn reset(&mut self) {
         *self = Self {
             counts: self.counts,
+            now_ns: self.now_ns,
             ..Self::new(self.hasher, self.limits, self.removal, self.block_size)
         };
     }
@@ -379,6 +423,7 @@ impl Mirror {
                 link = self.derive(hash, parent_hash, parent_key, local);
             }
             self.add_copy(hash, link, place, ops);
+            self.postpone(hash, place, ops);
             parent_hash = Some(hash);
             parent_key = link.map(|link| link.key);
         }
@@ -520,6 +565,7 @@ impl Mirror {
             self.counts.unknown_removals += hashes.len() as u64;
             return;
         };
+        self.places[usize::from(place)].removals = Removals::Announced;
         let remaining = batch.tokens(&event.remaining);
         for (index, &hash) in hashes.iter().enumerate() {
             let Some(entry) = self.hashes.get_mut(&hash).filter(|entry| entry.copies.get(place) > 0) else {
@@ -538,6 +584,50 @@ impl Mirror {
             if gone {
                 self.bury(hash);
             }
+        }
+    }
+
+    /// Tells the time and drops what has expired.
+    pub fn expire(&mut self, now_ns: u64, ops: &mut OpBuffer) {
+        self.now_ns = self.now_ns.max(now_ns);
+        for number in 0..self.places.len() {
+            while let Some(hash) = self.places[number].next_expired(self.now_ns) {
+                self.drop_expired(hash, number as u8, ops);
+            }
+        }
+    }
+
+    /// A medium that never announces removals took a hash in (again): it counts for another while.
+    fn postpone(&mut self, hash: EngineHash, place: u8, ops: &mut OpBuffer) {
+        let deadline = self.now_ns.saturating_add(self.limits.store_only_ttl_ns);
+        let Removals::NeverSeen { deadlines, queue } = &mut self.places[usize::from(place)].removals else {
+            return;
+        };
+        // Within one tick of the clock nothing moves, and the queue does not grow.
+        if deadlines.insert(hash, deadline) != Some(deadline) {
+            queue.push_back((deadline, hash));
+        }
+        if queue.len() > self.limits.hashes {
+            let oldest = queue.pop_front();
+            if let Some((_, hash)) = oldest.filter(|(at, hash)| deadlines.get(hash) == Some(at)) {
+                deadlines.remove(&hash);
+                self.drop_expired(hash, place, ops);
+            }
+        }
+    }
+
+    fn drop_expired(&mut self, hash: EngineHash, place: u8, ops: &mut OpBuffer) {
+        let Some(entry) = self.hashes.get_mut(&hash).filter(|entry| entry.copies.get(place) > 0) else {
+            return;
+        };
+        self.counts.expired += 1;
+        entry.copies.take_all(place);
+        let (link, gone) = (entry.link, entry.copies.is_empty());
+        if let Some(link) = link {
+            self.release(link.key, place, ops);
+        }
+        if gone {
+            self.bury(hash);
         }
     }
 
@@ -602,7 +692,12 @@ impl Mirror {
         let known = self.places.iter().find(|place| place.owner.group == group).map(|place| place.owner.kind);
         let kind = known.unwrap_or(if group.0 == 0 { GroupKind::Full } else { GroupKind::Unknown });
         let owner = FrameOwner { tier, medium, group, kind, load_blocks: 1 };
-        self.places.push(Place { owner, remote, chunk: 0, visible: 0 });
+        let removals = if tier == Tier::Gpu || self.limits.store_only_ttl_ns == 0 {
+            Removals::Announced
+        } else {
+            Removals::NeverSeen { deadlines: HashMap::default(), queue: VecDeque::new() }
+        };
+        self.places.push(Place { owner, remote, chunk: 0, visible: 0, removals });
         Some((self.places.len() - 1) as u8)
     }
 

@@ -133,6 +133,8 @@ pub struct Progress {
     pub counts: SourceCounts,
     /// Counters of the mirror.
     pub mirror: MirrorCounts,
+    /// Pages that could not be followed, where the engine's block size is not the scope's.
+    pub untracked_pages: u64,
     /// Replays asked for, and those that no engine answered.
     pub replays: (u64, u64),
 }
@@ -331,6 +333,7 @@ impl Progress {
             blocks: source.mirror().visible_blocks(),
             counts: source.counts().clone(),
             mirror: source.mirror_counts(),
+            untracked_pages: source.untracked_pages(),
             replays: (0, 0),
         }
     }

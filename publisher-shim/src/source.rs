@@ -35,6 +35,7 @@ use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, Sourc
 use crate::adapter::{self, Adapter, DecodeError, vllm};
 use crate::event::{Batch, Event};
 use crate::mirror::{Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
+use crate::repage::Repager;
 
 /// Operations per frame, in bytes. A frame of this size is far below a broker's limit and takes the index well under
 /// a millisecond, so that queries never wait long behind one.
@@ -74,6 +75,8 @@ pub struct Source {
     config: SourceConfig,
     adapter: Option<&'static dyn Adapter>,
     mirror: Mirror,
+    /// Present where the scope's block size is configured: the engine's may differ.
+    repager: Option<Repager>,
     batch: Batch,
     ops: OpBuffer,
     /// Sequence of the last message applied.
@@ -177,6 +180,7 @@ impl Source {
         let mirror = Mirror::new(config.hasher, config.limits, config.removal, config.block_size);
         let mut source = Self {
             mirror,
+            repager: config.block_size.map(Repager::new),
             batch: Batch::default(),
             ops: OpBuffer::default(),
             last: None,
@@ -193,6 +197,7 @@ impl Source {
             adapter: config.adapter,
             config,
         };
+        source.mirror.expire(now_ns, &mut source.ops);
         source.learn_scope();
         Ok(source)
     }
@@ -235,6 +240,11 @@ impl Source {
     /// Counters of the mirror.
     pub fn mirror_counts(&self) -> MirrorCounts {
         self.mirror.counts()
+    }
+
+    /// Pages that could not be followed, where the engine's block size is not the scope's.
+    pub fn untracked_pages(&self) -> u64 {
+        self.repager.as_ref().map_or(0, Repager::untracked)
     }
 
     /// What the engine holds, as far as it is known.
@@ -343,6 +353,7 @@ impl Source {
     /// Encodes what is waiting: live changes, or a snapshot at the start of an epoch. Nothing before the block size is
     /// known. With `heartbeat`, an empty frame if there is nothing else.
     pub fn take_frames(&mut self, now_ns: u64, heartbeat: bool) -> Result<Vec<Bytes>, EncodeFrameError> {
+        self.mirror.expire(now_ns, &mut self.ops);
         let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
         let mut header = FrameHeader {
             scope,
@@ -412,6 +423,7 @@ impl Source {
     fn restart(&mut self) {
         self.counts.restarts += 1;
         self.mirror.reset();
+        self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
         self.last = None;
         self.history.clear();
@@ -423,6 +435,7 @@ impl Source {
     fn lose(&mut self) {
         self.counts.losses += 1;
         self.mirror.clear(&mut self.ops);
+        self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
         self.health = SourceHealth::EventsLost;
         self.new_epoch = true;
@@ -441,7 +454,11 @@ impl Source {
         self.engine_time_ns = self.engine_time_ns.max(self.batch.time_ns);
         self.note_rank();
         let (over_limit, variant) = (self.mirror.counts().over_limit, self.mirror.variant());
-        self.mirror.apply(&self.batch, &mut self.ops);
+        let batch = match &mut self.repager {
+            Some(repager) => repager.rewrite(&self.batch),
+            None => &self.batch,
+        };
+        self.mirror.apply(batch, &mut self.ops);
         // An index matches an epoch by one variant.
         self.new_epoch |= self.mirror.variant() != variant;
         self.note_health(self.mirror.counts().over_limit > over_limit);

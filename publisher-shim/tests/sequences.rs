@@ -276,6 +276,29 @@ fn a_block_removed_twice_changes_nothing_the_second_time() {
 }
 
 #[test]
+fn a_known_hash_keeps_its_place_in_the_chain_whatever_a_later_event_says() {
+    let mut rig = Rig::new(false);
+    rig.live(0, &block(0, 0));
+    rig.live(1, &block(0, 1));
+    let before = rig.reader.held.clone();
+    // The same hash under another parent and with other tokens.
+    let event = StoredEvent { parent: None, tokens: vec![9; 4], ..block_event(0, 1) };
+    rig.live(2, &batch_at(2e9, vec![event.map()]));
+    assert_eq!(rig.reader.held, before);
+}
+
+#[test]
+fn a_child_stored_right_after_a_reset_finds_the_parent_it_names() {
+    let mut rig = Rig::new(false);
+    rig.live(0, &block(0, 0));
+    rig.live(1, &batch_at(2e9, vec![cleared(), block_event(0, 1).map()]));
+    // The parent is known but not held: the child counts, and alone it serves nothing.
+    assert_eq!((rig.blocks(), rig.source.mirror().unresolved_hashes()), (1, 0));
+    rig.live(2, &block(0, 0));
+    assert_eq!(rig.blocks(), 2);
+}
+
+#[test]
 fn remaining_copies_are_believed_where_the_engine_says_them() {
     let mut rig = Rig::new(false);
     rig.live(0, &block(0, 0));
@@ -292,6 +315,27 @@ fn remaining_copies_are_believed_where_the_engine_says_them() {
     assert_eq!(rig.blocks(), 1);
     rig.live(3, &batch_at(4e9, vec![removal(0)]));
     assert_eq!(rig.blocks(), 0);
+}
+
+#[test]
+fn a_medium_that_never_announces_removals_expires_and_one_that_does_never() {
+    const HOUR: u64 = 3_600_000_000_000;
+    let on = |medium: &'static str, n: u64| StoredEvent { medium: Some(medium), ..block_event(0, n) }.map();
+    let mut rig = Rig::new(false);
+    rig.live(0, &block(0, 0));
+    rig.live(1, &batch_at(2e9, vec![on("STORAGE", 0), on("CPU", 0)]));
+    assert_eq!(rig.blocks(), 3);
+    // Half an hour later the store takes it in again, and the host tier shows that it announces removals.
+    rig.clock = HOUR / 2;
+    rig.publish();
+    rig.live(2, &batch_at(3e9, vec![on("STORAGE", 0), removed(&[99], Some("CPU"), None)]));
+    rig.clock = HOUR + HOUR / 4;
+    rig.publish();
+    assert_eq!(rig.blocks(), 3);
+    rig.clock = HOUR * 2;
+    rig.publish();
+    assert_eq!((rig.blocks(), rig.source.mirror_counts().expired), (2, 1));
+    assert!(!rig.reader.held.contains_key(&("STORAGE".to_owned(), 0)));
 }
 
 #[test]

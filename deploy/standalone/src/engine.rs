@@ -5,7 +5,7 @@ use std::str::FromStr;
 use kvatlas_proto::subject::Subjects;
 use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
 use kvatlas_shim::adapter::{self, ADAPTERS};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
+use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy, STORE_ONLY_TTL_NS};
 use kvatlas_shim::shim::{EndpointConfig, ShimConfig};
 use kvatlas_shim::zmq::Attach;
 use serde::Deserialize;
@@ -47,6 +47,8 @@ pub struct EngineSpec {
     /// kv_cache_report_mode=full.
     #[serde(default)]
     pub removal: RemovalSpec,
+    /// Seconds for which a block counts on a medium that never announces removals; 0: for ever. Default: 3600.
+    pub store_only_ttl_s: Option<u64>,
 }
 
 /// Who opens the connection.
@@ -85,7 +87,7 @@ impl FromStr for EngineSpec {
         for pair in text.split(',').filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
             let value = match value.parse::<i64>() {
-                Ok(number) if key.ends_with("size") => toml::Value::Integer(number),
+                Ok(number) if key.ends_with("size") || key.ends_with("-s") => toml::Value::Integer(number),
                 _ => toml::Value::String(value.to_owned()),
             };
             table.insert(key.to_owned(), value);
@@ -137,7 +139,12 @@ impl EngineSpec {
                 RemovalSpec::LastCopy => RemovalPolicy::LastCopy,
             },
             hasher,
-            limits: MirrorLimits::default(),
+            limits: MirrorLimits {
+                store_only_ttl_ns: self
+                    .store_only_ttl_s
+                    .map_or(STORE_ONLY_TTL_NS, |s| s.saturating_mul(1_000_000_000)),
+                ..MirrorLimits::default()
+            },
             subjects: subjects.clone(),
         })
     }

@@ -31,7 +31,7 @@ pub struct Settings {
     pub config: Option<PathBuf>,
     /// Engine to follow, as KEY=VALUE,...; may be given several times. Keys: model, instance, zmq (required); adapter
     /// (auto, vllm, sglang or envelope), replay, topic, tenant, block-size, data-parallel-size, attach (connect or
-    /// bind), removal (per-copy or last-copy).
+    /// bind), removal (per-copy or last-copy), store-only-ttl-s.
     #[arg(long = "engine", env = "KVATLAS_ENGINE", value_delimiter = ';', value_name = "KEY=VALUE,...")]
     #[serde(rename = "engine")]
     pub engines: Vec<EngineSpec>,
