@@ -125,6 +125,7 @@ impl EngineHash {
 
     /// The name of part `number` of a block that is taken apart. Parts of different blocks never share a name in practice
     /// (128 bits), nor does a part share one with an engine's own.
+    #[must_use]
     pub fn part(self, number: u32) -> Self {
         let mut bytes = [0; 20];
         bytes[..16].copy_from_slice(&self.0.to_le_bytes());
