@@ -13,11 +13,13 @@
 //! * [`publisher`]: publishes a simulated engine's events.
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
+//! * [`bench_shim`]: the shim's benchmark, from raw payloads to frames.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
 //! Only [`sockets`], [`player`], [`publisher`], [`check`] and [`demo`] know tokio; everything else is a function of its arguments (and of
 //! the files it is told to read).
 
+pub mod bench_shim;
 pub mod check;
 pub mod demo;
 pub mod engine_sim;

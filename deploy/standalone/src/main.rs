@@ -2,6 +2,7 @@
 
 #![allow(unreachable_pub, reason = "in a binary, pub between modules is the plain word")]
 
+mod bench;
 mod demo;
 mod engine;
 mod failure;
@@ -42,6 +43,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Play recorded engine streams through the real path, and check the answers against the engine's own state.
     Replay(replay::ReplayArgs),
+    /// Measure a part of kvatlas on this machine.
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
@@ -71,6 +74,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Query(args) => query::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Replay(args) => replay::run(args).await,
+        Command::Bench(args) => bench::run(&args),
     }
 }
 
