@@ -88,6 +88,7 @@ impl ShimBench {
             return Err(ShimBenchError::EventBlocks(event_blocks));
         }
         let config = SourceConfig {
+            adapter: None,
             model: "benchmark".to_owned(),
             tenant: String::new(),
             instance: InstanceId::new("127.0.0.1:8000").expect("a plain address"),
