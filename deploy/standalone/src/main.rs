@@ -7,6 +7,7 @@ mod engine;
 mod failure;
 mod output;
 mod query;
+mod record;
 mod replay;
 mod serve;
 mod settings;
@@ -40,6 +41,8 @@ enum Command {
     Query(query::QueryArgs),
     /// Show kvatlas at work on simulated engines: no GPU, no broker, no cluster.
     Demo(demo::DemoArgs),
+    /// Record what live engines publish into a file that `kvatlas replay` plays, for example for a bug report.
+    Record(record::RecordArgs),
     /// Play recorded engine streams through the real path, and check the answers against the engine's own state.
     Replay(replay::ReplayArgs),
 }
@@ -70,6 +73,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Shim(settings) => serve::shim(settings.load()?).await,
         Command::Query(args) => query::run(args).await,
         Command::Demo(args) => demo::run(args).await,
+        Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,
     }
 }
