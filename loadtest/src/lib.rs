@@ -11,13 +11,15 @@
 //! * [`wire`]: vLLM's events, byte for byte.
 //! * [`engine_sim`]: a simulated block manager that produces such events.
 //! * [`publisher`]: publishes a simulated engine's events.
+//! * [`record`]: records live engines.
+//! * [`redact`]: replaces what users said in recorded messages.
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
 //! * [`bench_shim`]: the shim's benchmark, from raw payloads to frames.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
-//! Only [`sockets`], [`player`], [`publisher`], [`check`] and [`demo`] know tokio; everything else is a function of its arguments (and of
-//! the files it is told to read).
+//! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`] and [`demo`] know tokio; everything else is a function of
+//! its arguments (and of the files it is told to read).
 
 pub mod bench_shim;
 pub mod check;
@@ -28,6 +30,8 @@ pub mod kvrec;
 pub mod oracle;
 pub mod player;
 pub mod publisher;
+pub mod record;
+pub mod redact;
 pub mod replay;
 pub mod sockets;
 pub mod stored;

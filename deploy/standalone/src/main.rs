@@ -8,6 +8,7 @@ mod engine;
 mod failure;
 mod output;
 mod query;
+mod record;
 mod replay;
 mod serve;
 mod settings;
@@ -41,6 +42,8 @@ enum Command {
     Query(query::QueryArgs),
     /// Show kvatlas at work on simulated engines: no GPU, no broker, no cluster.
     Demo(demo::DemoArgs),
+    /// Record what live engines publish into a file that `kvatlas replay` plays, for example for a bug report.
+    Record(record::RecordArgs),
     /// Play recorded engine streams through the real path, and check the answers against the engine's own state.
     Replay(replay::ReplayArgs),
     /// Measure a part of kvatlas on this machine.
@@ -73,6 +76,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Shim(settings) => serve::shim(settings.load()?).await,
         Command::Query(args) => query::run(args).await,
         Command::Demo(args) => demo::run(args).await,
+        Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,
         Command::Bench(args) => bench::run(&args),
     }
