@@ -143,6 +143,7 @@ fn strings<'a>(value: &'a Value, into: &mut HashSet<&'a str>) {
 /// What the shim makes of one stream's live messages.
 fn shim_view(recording: &Recording, stream: u8) -> String {
     let config = SourceConfig {
+        adapter: None,
         model: "m".into(),
         tenant: String::new(),
         instance: InstanceId::new("a:1").unwrap(),

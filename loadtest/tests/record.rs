@@ -281,6 +281,7 @@ fn visible_blocks<'a>(payloads: impl Iterator<Item = &'a [u8]>) -> u64 {
     use kvatlas_proto::{InstanceId, KeyHasher};
     use kvatlas_shim::source::{Source, SourceConfig};
     let config = SourceConfig {
+        adapter: None,
         model: "m".into(),
         tenant: String::new(),
         instance: InstanceId::new("a:1").unwrap(),
