@@ -10,9 +10,9 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use kvatlas_proto::InstanceId;
 use kvatlas_proto::frame::EncodeFrameError;
-use kvatlas_proto::{InstanceId, KeyHasher};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
+use kvatlas_shim::mirror::RemovalPolicy;
 use kvatlas_shim::source::{Source, SourceConfig};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -88,16 +88,9 @@ impl ShimBench {
             return Err(ShimBenchError::EventBlocks(event_blocks));
         }
         let config = SourceConfig {
-            adapter: None,
-            model: "benchmark".to_owned(),
-            tenant: String::new(),
-            instance: InstanceId::new("127.0.0.1:8000").expect("a plain address"),
-            rank: None,
-            block_size: None,
-            hasher: KeyHasher::default(),
             removal: RemovalPolicy::default(),
-            limits: MirrorLimits::default(),
             has_replay: true,
+            ..SourceConfig::new("benchmark", InstanceId::new("127.0.0.1:8000").expect("a plain address"))
         };
         let source = Source::new(config, 1).expect("the names are valid");
         let mut bench = Self { source, period: Vec::new(), next_seq: 0, unflushed: 0 };

@@ -4,7 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Source, SourceConfig};
 
 use super::*;
@@ -143,16 +142,8 @@ fn strings<'a>(value: &'a Value, into: &mut HashSet<&'a str>) {
 /// What the shim makes of one stream's live messages.
 fn shim_view(recording: &Recording, stream: u8) -> String {
     let config = SourceConfig {
-        adapter: None,
-        model: "m".into(),
-        tenant: String::new(),
-        instance: InstanceId::new("a:1").unwrap(),
         rank: Some(DpRank(u32::from(stream))),
-        block_size: None,
-        hasher: KeyHasher::default(),
-        removal: RemovalPolicy::PerCopy,
-        limits: MirrorLimits::default(),
-        has_replay: false,
+        ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
     let mut source = Source::new(config, 1).unwrap();
     for record in recording.records.iter().filter(|record| record.stream == stream) {

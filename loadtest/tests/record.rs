@@ -278,20 +278,9 @@ async fn a_redacted_recording_plays_into_as_many_blocks_and_holds_no_topic_or_pr
 }
 
 fn visible_blocks<'a>(payloads: impl Iterator<Item = &'a [u8]>) -> u64 {
-    use kvatlas_proto::{InstanceId, KeyHasher};
+    use kvatlas_proto::InstanceId;
     use kvatlas_shim::source::{Source, SourceConfig};
-    let config = SourceConfig {
-        adapter: None,
-        model: "m".into(),
-        tenant: String::new(),
-        instance: InstanceId::new("a:1").unwrap(),
-        rank: None,
-        block_size: None,
-        hasher: KeyHasher::default(),
-        removal: kvatlas_shim::mirror::RemovalPolicy::PerCopy,
-        limits: kvatlas_shim::mirror::MirrorLimits::default(),
-        has_replay: false,
-    };
+    let config = SourceConfig::new("m", InstanceId::new("a:1").unwrap());
     let mut source = Source::new(config, 1).unwrap();
     for (seq, payload) in (0..).zip(payloads) {
         assert_eq!(source.live(seq, payload, false), Live::Done);

@@ -16,18 +16,22 @@
 //!
 //! Pure: no clock, no socket. Deliberately absent: sequences and epochs (see [`crate::source`]).
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
 
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
 use kvatlas_proto::frame::{FrameOwner, MAX_FRAME_OWNERS, OpBuffer};
-use kvatlas_proto::ids::MAX_MEDIUM_BYTES;
 use kvatlas_proto::keys::{KeyVariant, LocalHash};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
 use kvatlas_proto::{BlockKey, CacheGroup, ExtraKey, GroupKind, KeyHasher, Tier};
 use smallvec::SmallVec;
+
+mod classify;
+mod place;
+
+use classify::{canonical_medium, classify_group, classify_medium, extra_key, unlisted_lora};
+use place::{Counts, Place, Removals};
 
 use crate::event::{Batch, EngineHash, Event, ExtraValue, Removed, Stored};
 
@@ -107,31 +111,6 @@ pub struct Mirror {
     counts: MirrorCounts,
 }
 
-/// A medium and cache group: one owner of the source.
-struct Place {
-    owner: FrameOwner,
-    remote: bool,
-    /// Greatest common divisor of the numbers of hashes per stored event; 0 before the first.
-    chunk: u32,
-    /// Visible keys.
-    visible: u64,
-    /// Whether it says what it drops.
-    removals: Removals,
-}
-
-/// Whether a medium says what it drops.
-enum Removals {
-    /// It does, or is device memory, which always does.
-    Announced,
-    /// It has not so far: what it took in expires.
-    NeverSeen {
-        /// When each hash expires, nanoseconds.
-        deadlines: HashMap<EngineHash, u64, FixedState>,
-        /// The same in order; an entry whose deadline has moved is void.
-        queue: VecDeque<(u64, EngineHash)>,
-    },
-}
-
 struct HashEntry {
     /// `None` while unresolved.
     link: Option<Link>,
@@ -158,79 +137,12 @@ struct Waiting {
     local: LocalHash,
 }
 
-/// Small counters by place.
-#[derive(Default)]
-struct Counts(SmallVec<[(u8, u32); 2]>);
-
 // === impl MirrorLimits ===
 
 impl Default for MirrorLimits {
     /// 16 Mi hashes are 268 million tokens at 16 tokens a block: an order above any single engine today.
     fn default() -> Self {
         Self { hashes: 16 << 20, unresolved: 65_536, ghosts: 131_072, store_only_ttl_ns: STORE_ONLY_TTL_NS }
-    }
-}
-
-// === impl Counts ===
-
-impl Counts {
-    fn get(&self, place: u8) -> u32 {
-        self.0.iter().find(|(p, _)| *p == place).map_or(0, |(_, n)| *n)
-    }
-
-    /// Adds one and says whether it is the first.
-    fn add(&mut self, place: u8) -> bool {
-        if let Some((_, n)) = self.0.iter_mut().find(|(p, _)| *p == place) {
-            *n = n.saturating_add(1);
-            return false;
-        }
-        self.0.push((place, 1));
-        true
-    }
-
-    /// Takes one away and says whether it was the last. Must be held.
-    fn take(&mut self, place: u8) -> bool {
-        match self.get(place) {
-            0 | 1 => self.take_all(place),
-            n => self.set(place, n - 1),
-        }
-    }
-
-    /// Takes all away: true, for the last has gone.
-    fn take_all(&mut self, place: u8) -> bool {
-        self.0.retain(|(p, _)| *p != place);
-        true
-    }
-
-    /// Sets a number above 0: false, for some are left. Must be held.
-    fn set(&mut self, place: u8, copies: u32) -> bool {
-        self.0.iter_mut().filter(|(p, _)| *p == place).for_each(|(_, n)| *n = copies);
-        false
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn places(&self) -> SmallVec<[u8; 4]> {
-        self.0.iter().map(|(place, _)| *place).collect()
-    }
-}
-
-// === impl Place ===
-
-impl Place {
-    /// The next hash whose time is up.
-    fn next_expired(&mut self, now_ns: u64) -> Option<EngineHash> {
-        let Removals::NeverSeen { deadlines, queue } = &mut self.removals else { return None };
-        while queue.front().is_some_and(|(deadline, _)| *deadline <= now_ns) {
-            let (deadline, hash) = queue.pop_front()?;
-            if deadlines.get(&hash) == Some(&deadline) {
-                deadlines.remove(&hash);
-                return Some(hash);
-            }
-        }
-        None
     }
 }
 
@@ -745,83 +657,5 @@ impl Mirror {
                 place.owner.kind = kind;
             }
         }
-    }
-}
-
-/// What a cache group needs, from the engine's own word for it. Block sizes only grow: partial entries of a group
-/// carry the smaller hash block size.
-fn classify_group(word: &str, event: &Stored, before: GroupKind) -> GroupKind {
-    let larger = |known: u32| known.max(event.block_size);
-    match (word, before) {
-        ("", before) => before,
-        ("full_attention" | "mla_attention" | "sink_full_attention", _) => GroupKind::Full,
-        (
-            "sliding_window" | "sliding_window_mla",
-            GroupKind::SlidingWindow { window_tokens, block_tokens },
-        ) => {
-            let window_tokens = event.window_tokens.unwrap_or(window_tokens);
-            GroupKind::SlidingWindow { window_tokens, block_tokens: larger(block_tokens) }
-        }
-        ("sliding_window" | "sliding_window_mla", _) => match event.window_tokens {
-            Some(window_tokens) if window_tokens > 0 && event.block_size > 0 => {
-                GroupKind::SlidingWindow { window_tokens, block_tokens: event.block_size }
-            }
-            _ => GroupKind::Unknown,
-        },
-        ("mamba", GroupKind::State { block_tokens }) => {
-            GroupKind::State { block_tokens: larger(block_tokens) }
-        }
-        ("mamba", _) if event.block_size > 0 => GroupKind::State { block_tokens: event.block_size },
-        _ => GroupKind::Unknown,
-    }
-}
-
-/// Engines without tiers name no medium: that is device memory.
-fn canonical_medium(medium: &str) -> &str {
-    if medium.is_empty() { "GPU" } else { medium }
-}
-
-/// Tier and kept name of a medium. Names as vLLM, SGLang and the stores behind their connectors spell them.
-fn classify_medium(medium: &str, remote: bool) -> (Tier, String) {
-    let mut name = canonical_medium(medium).to_ascii_uppercase();
-    if name.len() > MAX_MEDIUM_BYTES {
-        let end = (0..=MAX_MEDIUM_BYTES).rev().find(|&at| name.is_char_boundary(at)).unwrap_or(0);
-        name.truncate(end);
-    }
-    let tier = match name.as_str() {
-        "GPU" => Tier::Gpu,
-        "CPU" | "CPU_PINNED" if !remote => Tier::Cpu,
-        "STORAGE" | "DISK" | "SSD" | "FS" if !remote => Tier::Ssd,
-        "CPU" | "CPU_PINNED" | "STORAGE" | "DISK" | "SSD" | "FS" | "OBJ" | "SHARED_STORAGE" | "EXTERNAL"
-        | "REMOTE" => Tier::Remote,
-        _ => Tier::Unknown,
-    };
-    (tier, name)
-}
-
-/// The adapter of an event whose engine publishes no extra keys. Where only its number is known, it cannot match a
-/// query by name: that under-reports rather than mixing adapters.
-fn unlisted_lora<'a>(batch: &'a Batch, event: &Stored) -> Option<Cow<'a, str>> {
-    if event.extras.is_some() {
-        return None;
-    }
-    match (batch.text(&event.lora_name), event.lora_id) {
-        ("", None) => None,
-        ("", Some(id)) => Some(Cow::Owned(format!("#id:{id}"))),
-        (name, _) => Some(Cow::Borrowed(name)),
-    }
-}
-
-/// The engine's untagged extra key in our terms: a bare string is the adapter's name if it equals it.
-fn extra_key<'a>(batch: &'a Batch, event: &Stored, value: &ExtraValue) -> ExtraKey<'a> {
-    match value {
-        ExtraValue::Text(span) => {
-            let (text, lora) = (batch.text(span), batch.text(&event.lora_name));
-            if !lora.is_empty() && text == lora { ExtraKey::Lora(text) } else { ExtraKey::Text(text) }
-        }
-        ExtraValue::Multimodal(span, offset) => {
-            ExtraKey::Multimodal { identifier: batch.text(span), offset: *offset }
-        }
-        ExtraValue::Bytes(span) => ExtraKey::Bytes(batch.bytes(span)),
     }
 }

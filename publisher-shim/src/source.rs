@@ -132,6 +132,26 @@ pub struct SourceCounts {
 /// Fingerprints of the messages applied last, by sequence.
 struct History(Vec<(u64, u64)>);
 
+// === impl SourceConfig ===
+
+impl SourceConfig {
+    /// This model and instance; everything else as the engine says it, or by default.
+    pub fn new(model: impl Into<String>, instance: InstanceId) -> Self {
+        Self {
+            adapter: None,
+            model: model.into(),
+            tenant: String::new(),
+            instance,
+            rank: None,
+            block_size: None,
+            hasher: KeyHasher::default(),
+            removal: RemovalPolicy::default(),
+            limits: MirrorLimits::default(),
+            has_replay: false,
+        }
+    }
+}
+
 // === impl History ===
 
 impl History {

@@ -7,7 +7,6 @@ use std::fmt;
 
 use common::{Reader, StoredEvent, batch_at, cleared, removed};
 use kvatlas_proto::{BlockKey, InstanceId, KeyHasher};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 use proptest::prelude::*;
 
@@ -197,16 +196,8 @@ impl Engine {
 
 fn source() -> Source {
     let config = SourceConfig {
-        adapter: None,
-        model: "m".into(),
-        tenant: String::new(),
-        instance: InstanceId::new("a:1").unwrap(),
-        rank: None,
         block_size: Some(BLOCK as u32),
-        hasher: KeyHasher::default(),
-        removal: RemovalPolicy::PerCopy,
-        limits: MirrorLimits::default(),
-        has_replay: false,
+        ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
     Source::new(config, 1).unwrap()
 }

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{Reader, StoredEvent, batch_at, cleared, map, removed};
 use kvatlas_proto::keys::{KeyVariant, MultimodalItem, PromptExtras};
 use kvatlas_proto::{InstanceId, KeyHasher};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Source, SourceConfig};
 use proptest::prelude::*;
 use rmpv::Value;
@@ -20,16 +19,8 @@ const TOKENS: u32 = 21;
 
 fn source() -> Source {
     let config = SourceConfig {
-        adapter: None,
-        model: "m".into(),
-        tenant: String::new(),
-        instance: InstanceId::new("a:1").unwrap(),
-        rank: None,
         block_size: Some(SCOPE_BLOCK),
-        hasher: KeyHasher::default(),
-        removal: RemovalPolicy::PerCopy,
-        limits: MirrorLimits::default(),
-        has_replay: false,
+        ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
     Source::new(config, 1).unwrap()
 }

@@ -5,8 +5,8 @@ mod common;
 use bytes::Bytes;
 use common::{Reader, StoredEvent, batch_at, cleared, removed};
 use kvatlas_proto::frame::SourceHealth;
-use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
-use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
+use kvatlas_proto::{DpRank, InstanceId};
+use kvatlas_shim::mirror::MirrorLimits;
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 
 /// A source with what an index would make of its frames.
@@ -18,18 +18,7 @@ struct Rig {
 
 impl Rig {
     fn new(has_replay: bool) -> Self {
-        let config = SourceConfig {
-            adapter: None,
-            model: "m".into(),
-            tenant: String::new(),
-            instance: InstanceId::new("a:1").unwrap(),
-            rank: None,
-            block_size: None,
-            hasher: KeyHasher::default(),
-            removal: RemovalPolicy::PerCopy,
-            limits: MirrorLimits::default(),
-            has_replay,
-        };
+        let config = SourceConfig { has_replay, ..SourceConfig::new("m", InstanceId::new("a:1").unwrap()) };
         Self { source: Source::new(config, 1).unwrap(), reader: Reader::default(), clock: 1 }
     }
 
@@ -243,16 +232,9 @@ fn unknown_parents_are_kept_up_to_the_bound_and_counted_beyond() {
     let mut rig = Rig::new(false);
     let limits = MirrorLimits { unresolved: 3, ..MirrorLimits::default() };
     let config = SourceConfig {
-        adapter: None,
-        model: "m".into(),
-        tenant: String::new(),
-        instance: InstanceId::new("a:1").unwrap(),
         rank: Some(DpRank(0)),
-        block_size: None,
-        hasher: KeyHasher::default(),
-        removal: RemovalPolicy::PerCopy,
         limits,
-        has_replay: false,
+        ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
     rig.source = Source::new(config, 1).unwrap();
     (0..6).for_each(|n| assert_eq!(rig.live(n, &block(0, n + 1)), Live::Done));
