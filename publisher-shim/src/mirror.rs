@@ -581,10 +581,16 @@ impl Mirror {
         if let Some(number) = found {
             return Some(number as u8);
         }
+        let (tier, medium) = classify_medium(medium, remote);
+        // An index tells owners apart by tier, kept name and group, so what agrees in these (a long name that was cut, a
+        // name that is remote in any case) must be one place here.
+        let same = |owner: &FrameOwner| owner.tier == tier && owner.group == group && owner.medium == medium;
+        if let Some(number) = self.places.iter().position(|place| same(&place.owner)) {
+            return Some(number as u8);
+        }
         if self.places.len() == MAX_FRAME_OWNERS {
             return None;
         }
-        let (tier, medium) = classify_medium(medium, remote);
         // Until the engine says otherwise, group 0 is the only group there is: full attention. Others fail closed.
         let known = self.places.iter().find(|place| place.owner.group == group).map(|place| place.owner.kind);
         let kind = known.unwrap_or(if group.0 == 0 { GroupKind::Full } else { GroupKind::Unknown });
@@ -651,7 +657,7 @@ fn classify_group(word: &str, event: &Stored, before: GroupKind) -> GroupKind {
             "sliding_window" | "sliding_window_mla",
             GroupKind::SlidingWindow { window_tokens, block_tokens },
         ) => {
-            let window_tokens = event.window_tokens.unwrap_or(window_tokens);
+            let window_tokens = event.window_tokens.filter(|tokens| *tokens > 0).unwrap_or(window_tokens);
             GroupKind::SlidingWindow { window_tokens, block_tokens: larger(block_tokens) }
         }
         ("sliding_window" | "sliding_window_mla", _) => match event.window_tokens {
