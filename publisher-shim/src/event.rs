@@ -17,7 +17,17 @@ pub struct EngineHash(u128);
 /// A range into one of the batch's buffers.
 pub type Span = Range<u32>;
 
-/// Everything one message says.
+/// Most events of one message. A report of a whole cache block by block has one per block: 4 million tokens at 16 a block.
+pub const MAX_BATCH_EVENTS: usize = 256 << 10;
+/// Most hashes of one message: 4 million tokens in blocks of a single one.
+pub const MAX_BATCH_HASHES: usize = 4 << 20;
+/// Most token ids of one message, look-ahead included: four times the same prompt.
+pub const MAX_BATCH_TOKENS: usize = 16 << 20;
+/// Most extra keys of one message: an adapter on every block of 2 million tokens in blocks of a single one.
+pub const MAX_BATCH_EXTRAS: usize = 2 << 20;
+
+/// Everything one message says. Each list is bounded, because one byte of a message can become 16 (a hash) to about
+/// 200 (an event) bytes here.
 #[derive(Debug, Default)]
 pub struct Batch {
     /// Engine wall clock, nanoseconds since the Unix epoch; 0 if the message has none that makes sense.
@@ -309,12 +319,11 @@ impl Stored {
     /// Bigram pages carry the second token of every pair: the one that follows the block is its last pair's.
     pub fn lookahead_of<'a>(&self, batch: &'a Batch, block: usize) -> &'a [u32] {
         let all = batch.tokens(&self.lookahead);
-        if all.is_empty() {
-            return all;
-        }
-        let (start, each) = match self.lookahead_each as usize {
-            0 => ((block + 1) * self.block_size as usize - 1, 1),
-            each => (block * each, each),
+        let (start, each) = match (self.lookahead_each as usize, self.block_size as usize) {
+            // Without a block size nobody knows which pairs end a block.
+            (0, 0) => return &[],
+            (0, size) => ((block + 1) * size - 1, 1),
+            (each, _) => (block * each, each),
         };
         all.get(start..start + each).unwrap_or_default()
     }

@@ -596,10 +596,16 @@ impl Mirror {
         if let Some(number) = found {
             return Some(number as u8);
         }
+        let (tier, medium) = classify_medium(medium, remote);
+        // An index tells owners apart by tier, kept name and group, so what agrees in these (a long name that was cut, a
+        // name that is remote in any case) must be one place here.
+        let same = |owner: &FrameOwner| owner.tier == tier && owner.group == group && owner.medium == medium;
+        if let Some(number) = self.places.iter().position(|place| same(&place.owner)) {
+            return Some(number as u8);
+        }
         if self.places.len() == MAX_FRAME_OWNERS {
             return None;
         }
-        let (tier, medium) = classify_medium(medium, remote);
         // Until the engine says otherwise, group 0 is the only group there is: full attention. Others fail closed.
         let known = self.places.iter().find(|place| place.owner.group == group).map(|place| place.owner.kind);
         let kind = known.unwrap_or(if group.0 == 0 { GroupKind::Full } else { GroupKind::Unknown });

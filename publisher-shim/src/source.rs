@@ -317,7 +317,7 @@ impl Source {
                     self.health = SourceHealth::JoinedLate;
                 }
             }
-            Some(last) if seq == last + 1 => {}
+            Some(last) if last.checked_add(1) == Some(seq) => {}
             Some(last) if seq > last => {
                 if self.config.has_replay && !after_replay {
                     self.counts.gaps += 1;
@@ -355,7 +355,7 @@ impl Source {
             self.note_adapter(payload);
             match self.last {
                 Some(last) if *seq <= last => self.counts.duplicates += 1,
-                Some(last) if *seq == last + 1 => self.apply(*seq, payload),
+                Some(last) if last.checked_add(1) == Some(*seq) => self.apply(*seq, payload),
                 Some(_) => {
                     self.lose();
                     self.apply(*seq, payload);

@@ -6,7 +6,10 @@
 //! [`Dialect`].
 
 use crate::adapter::{DecodeError, MAX_MESSAGE_BYTES};
-use crate::event::{Batch, EngineHash, Event, Extra, ExtraValue, Removed, Span, Stored};
+use crate::event::{
+    Batch, EngineHash, Event, Extra, ExtraValue, MAX_BATCH_EVENTS, MAX_BATCH_EXTRAS, MAX_BATCH_HASHES,
+    MAX_BATCH_TOKENS, Removed, Span, Stored,
+};
 use crate::msgpack::{MsgpackError, Reader, Value};
 
 /// The names of one engine family.
@@ -94,6 +97,7 @@ pub fn decode(dialect: &Dialect, payload: &[u8], batch: &mut Batch) -> Result<()
     };
     batch.time_ns = time_ns(reader.value()?);
     let Value::Array(events) = reader.value()? else { return Err(DecodeError::Batch) };
+    check_room("events", 0, events, MAX_BATCH_EVENTS)?;
     for _ in 0..events {
         decode_event(dialect, &mut reader, batch)?;
     }
@@ -104,6 +108,12 @@ pub fn decode(dialect: &Dialect, payload: &[u8], batch: &mut Batch) -> Result<()
         reader.skip()?;
     }
     if reader.is_at_end() { Ok(()) } else { Err(DecodeError::Trailing) }
+}
+
+/// Refuses a list before any of it is taken.
+fn check_room(what: &'static str, held: u32, more: u32, max: usize) -> Result<(), DecodeError> {
+    let fits = u64::from(held) + u64::from(more) <= max as u64;
+    if fits { Ok(()) } else { Err(DecodeError::TooMany(what)) }
 }
 
 /// Seconds as a float, or milliseconds as an integer (Mooncake). Anything else is no time.
@@ -209,7 +219,9 @@ fn decode_field(
     match field {
         Field::BlockHashes => {
             let start = batch.hashes_end();
-            for _ in 0..reader.array("block_hashes as an array")? {
+            let count = reader.array("block_hashes as an array")?;
+            check_room("block hashes", start, count, MAX_BATCH_HASHES)?;
+            for _ in 0..count {
                 let hash = hash(reader.value()?)?.ok_or(MsgpackError::Expected("a block hash"))?;
                 batch.push_hash(hash);
             }
@@ -246,7 +258,9 @@ fn decode_field(
         Field::Lookahead => decode_lookahead(reader, event, batch)?,
         Field::RemainingCopies => {
             let start = batch.tokens_end();
-            for _ in 0..reader.array("remaining_copy_counts as an array")? {
+            let count = reader.array("remaining_copy_counts as an array")?;
+            check_room("remaining copy counts", start, count, MAX_BATCH_TOKENS)?;
+            for _ in 0..count {
                 let Value::Unsigned(count) = reader.token()? else {
                     return Err(MsgpackError::Expected("a number of copies").into());
                 };
@@ -287,6 +301,7 @@ fn decode_tokens(reader: &mut Reader<'_>, event: &mut Stored, batch: &mut Batch)
         _ => return Err(MsgpackError::Expected("token_ids as an array").into()),
     };
     let start = batch.tokens_end();
+    check_room("token ids", start, count, MAX_BATCH_TOKENS)?;
     let mut seconds = Vec::new();
     for _ in 0..count {
         match reader.token()? {
@@ -312,6 +327,7 @@ fn decode_tokens(reader: &mut Reader<'_>, event: &mut Stored, batch: &mut Batch)
             return Err(MsgpackError::Expected("all token ids as pairs").into());
         }
         let start = batch.tokens_end();
+        check_room("token ids", start, count, MAX_BATCH_TOKENS)?;
         seconds.into_iter().for_each(|token| batch.push_token(token));
         event.lookahead = start..batch.tokens_end();
         // Which of these end a block is known once the block size is; see `Stored::lookahead_of`.
@@ -342,6 +358,7 @@ fn decode_lookahead(
             return Err(MsgpackError::Expected("look-ahead lists of one length").into());
         }
         event.lookahead_each = each;
+        check_room("token ids", batch.tokens_end(), each, MAX_BATCH_TOKENS)?;
         for _ in 0..each {
             let Value::Unsigned(id) = reader.token()? else {
                 return Err(MsgpackError::Expected("a token id").into());
@@ -368,6 +385,7 @@ fn decode_extras(reader: &mut Reader<'_>, batch: &mut Batch) -> Result<Option<Sp
             Value::Array(n) => n,
             _ => return Err(MsgpackError::Expected("extra keys of a block as an array").into()),
         };
+        check_room("extra keys", batch.extras_end(), items, MAX_BATCH_EXTRAS)?;
         for _ in 0..items {
             let raw = reader.raw()?;
             let value = decode_extra(raw, batch)?;

@@ -132,6 +132,9 @@ pub enum DecodeError {
     /// A message larger than any engine sends.
     #[error("message exceeds {max} bytes", max = MAX_MESSAGE_BYTES)]
     TooLarge,
+    /// More of something than any engine sends at once; see [`crate::event::Batch`].
+    #[error("message has too many {0}")]
+    TooMany(&'static str),
 }
 
 /// Largest message that is decoded, in bytes. Real batches stay below 64 KiB; a full announcement of a million-token
@@ -154,6 +157,7 @@ impl DecodeError {
             Self::Missing(_) => "missing_field",
             Self::Trailing => "trailing_bytes",
             Self::TooLarge => "too_large",
+            Self::TooMany(_) => "too_many",
         }
     }
 }

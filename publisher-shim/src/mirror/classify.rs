@@ -18,7 +18,7 @@ pub(super) fn classify_group(word: &str, event: &Stored, before: GroupKind) -> G
             "sliding_window" | "sliding_window_mla",
             GroupKind::SlidingWindow { window_tokens, block_tokens },
         ) => {
-            let window_tokens = event.window_tokens.unwrap_or(window_tokens);
+            let window_tokens = event.window_tokens.filter(|tokens| *tokens > 0).unwrap_or(window_tokens);
             GroupKind::SlidingWindow { window_tokens, block_tokens: larger(block_tokens) }
         }
         ("sliding_window" | "sliding_window_mla", _) => match event.window_tokens {
