@@ -1,0 +1,189 @@
+//! Any history of an engine, as messages with sequence numbers, reconnects and replays: what the source publishes is
+//! always a valid, contiguous account of what its mirror holds.
+//!
+//! ```text
+//! input    = settings (1 byte), steps
+//! settings = bit 0: the block size is given; bit 1: removals are of the last copy; bit 2: the engine can replay;
+//!            bit 3: tiny bounds
+//! step     = action (1 byte), payload length (u16, little-endian), payload
+//! action   = bits 0-2: what the sequence does (see `Engine::perform`); bit 3: frames wait; bits 4-7: a small number
+//! ```
+
+#![no_main]
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use kvatlas_proto::frame::{Change, FrameOwner, FrameView};
+use kvatlas_proto::InstanceId;
+use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
+use kvatlas_shim::source::{Live, Source, SourceConfig};
+use libfuzzer_sys::fuzz_target;
+
+/// Block size where it is given, tokens.
+const BLOCK_SIZE: u32 = 16;
+/// Bounds that a short input reaches.
+const TINY: MirrorLimits = MirrorLimits { hashes: 24, unresolved: 6, ghosts: 5, store_only_ttl_ns: 1_000 };
+/// Messages that the engine can replay.
+const REPLAY_MESSAGES: usize = 16;
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&settings, mut rest)) = input.split_first() else { return };
+    let mut engine = Engine::new(settings);
+    while let [action, low, high, tail @ ..] = rest {
+        let length = usize::from(u16::from_le_bytes([*low, *high])).min(tail.len());
+        let (payload, tail) = tail.split_at(length);
+        engine.perform(*action, payload);
+        rest = tail;
+    }
+    engine.flush();
+});
+
+/// The engine's side of a source, and a reader of what it publishes.
+struct Engine {
+    source: Source,
+    reader: Reader,
+    unresolved_max: usize,
+    next_seq: u64,
+    sent: Vec<(u64, Bytes)>,
+    now_ns: u64,
+}
+
+/// A naive index.
+#[derive(Default)]
+struct Reader {
+    epoch: u64,
+    next: u64,
+    owners: Vec<FrameOwner>,
+    held: Vec<HashSet<u64>>,
+}
+
+// === impl Engine ===
+
+impl Engine {
+    fn new(settings: u8) -> Self {
+        let limits = if settings & 8 == 0 { MirrorLimits::default() } else { TINY };
+        let instance = InstanceId::new("a:1").expect("a plain name");
+        let config = SourceConfig {
+            block_size: (settings & 1 != 0).then_some(BLOCK_SIZE),
+            removal: if settings & 2 == 0 { RemovalPolicy::PerCopy } else { RemovalPolicy::LastCopy },
+            limits,
+            has_replay: settings & 4 != 0,
+            ..SourceConfig::new("m", instance)
+        };
+        Self {
+            source: Source::new(config, 1).expect("the names are valid"),
+            reader: Reader::default(),
+            unresolved_max: limits.unresolved,
+            next_seq: 0,
+            sent: Vec::new(),
+            now_ns: 1,
+        }
+    }
+
+    fn perform(&mut self, action: u8, payload: &[u8]) {
+        let number = u64::from(action >> 4);
+        let seq = match action & 7 {
+            0 => self.next_seq,
+            // A message is repeated, or the engine restarted.
+            1 => self.next_seq.saturating_sub(1 + number),
+            // Messages are missing.
+            2 => self.next_seq.saturating_add(1 + number),
+            // The engine restarted.
+            3 => number,
+            // The end of all sequences.
+            4 => u64::MAX - number,
+            // The connection was lost.
+            5 => {
+                if let Some(from) = self.source.connected() {
+                    self.replay(from, number);
+                }
+                self.next_seq
+            }
+            // Somebody missed a frame.
+            6 => {
+                self.source.request_snapshot();
+                self.next_seq
+            }
+            // The clock is set.
+            _ => {
+                self.now_ns = number;
+                self.next_seq
+            }
+        };
+        self.next_seq = seq.saturating_add(1);
+        if let Live::Replay { from } = self.source.live(seq, payload, false) {
+            self.replay(from, number);
+            assert_eq!(self.source.live(seq, payload, true), Live::Done, "a gap is asked for once");
+        }
+        if self.sent.len() == REPLAY_MESSAGES {
+            self.sent.remove(0);
+        }
+        self.sent.push((seq, Bytes::copy_from_slice(payload)));
+        assert!(self.source.mirror().unresolved_hashes() <= self.unresolved_max);
+        if action & 8 == 0 {
+            self.flush();
+        }
+    }
+
+    /// The engine's answer: some of what it sent, or nothing.
+    fn replay(&mut self, from: u64, number: u64) {
+        let skipped = number as usize % (self.sent.len() + 1);
+        let answer: Vec<_> = self.sent[skipped..].iter().filter(|(seq, _)| *seq >= from).cloned().collect();
+        self.source.replayed(from, &answer);
+    }
+
+    fn flush(&mut self) {
+        self.now_ns += 1;
+        let frames = self.source.take_frames(self.now_ns, false).expect("frames are split to fit");
+        for frame in frames {
+            self.reader.read(&frame);
+        }
+        if self.source.scope().is_some() {
+            let held: usize = self.reader.held.iter().map(HashSet::len).sum();
+            assert_eq!(held as u64, self.source.mirror().visible_blocks());
+        }
+    }
+}
+
+// === impl Reader ===
+
+impl Reader {
+    fn read(&mut self, frame: &[u8]) {
+        let view = FrameView::parse(frame).expect("what the source publishes is a frame");
+        let header = view.header();
+        if header.epoch.0 != self.epoch {
+            assert!(header.epoch.0 > self.epoch, "epochs only grow");
+            *self = Self { epoch: header.epoch.0, ..Self::default() };
+        }
+        assert_eq!(header.seq.0, self.next, "frames are contiguous");
+        self.next += 1;
+        self.learn_owners(&header.owners);
+        for op in view.ops() {
+            let held = &mut self.held[op.owner];
+            match op.change {
+                Change::Stored { keys, .. } => {
+                    for key in keys.iter() {
+                        assert!(held.insert(key.0), "a visible block is not stored again");
+                    }
+                }
+                Change::Removed(keys) => {
+                    for key in keys.iter() {
+                        assert!(held.remove(&key.0), "only a visible block is removed");
+                    }
+                }
+                Change::Cleared => held.clear(),
+            }
+        }
+    }
+
+    fn learn_owners(&mut self, owners: &[FrameOwner]) {
+        let names: Vec<_> =
+            owners.iter().map(|owner| (owner.tier, owner.medium.as_str(), owner.group)).collect();
+        let known = self.owners.iter().map(|owner| (owner.tier, owner.medium.as_str(), owner.group));
+        assert!(known.eq(names.iter().take(self.owners.len()).copied()), "owners keep their places");
+        assert_eq!(HashSet::<_>::from_iter(&names).len(), names.len(), "an index tells owners apart");
+        self.owners = owners.to_vec();
+        self.held.resize_with(owners.len(), HashSet::new);
+    }
+}
