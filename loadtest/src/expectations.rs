@@ -123,7 +123,7 @@ pub(crate) fn expectation_of(path: &Path) -> Expectation {
 // === impl Expectation ===
 
 impl Expectation {
-    pub(crate) fn admits_blocks(&self, _missing: usize, wrong: usize) -> bool {
+    pub(crate) fn admits_wrong_blocks(&self, wrong: usize) -> bool {
         self.unavoidable.is_some() && (wrong == 0 || self.wrong_blocks)
     }
 
