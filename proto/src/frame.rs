@@ -1,48 +1,58 @@
 //! Event frames: what a publisher tells the index, one source per frame.
 //!
-//! ```text
-//! offset  0   4 bytes  magic "KVAF"
-//!         4   u16 LE   version (1)
-//!         6   u16 LE   0, reserved
-//!         8   u64 LE   XXH3-64 of the body
-//!        16   body     rkyv archive, little-endian, readable at any address
-//! ```
-//!
-//! A frame is read in place, but only after [`FrameView::parse`] has checked all of it: magic, version, size,
-//! checksum, archive structure, names, and that operations and keys add up. A frame that fails is dropped and counted
-//! by the receiver. Token ids never travel: a stored block costs its 8-byte key plus a share of its operation.
+//! A frame is sealed ([`crate::sealed`], magic `KVAF`); its body is an rkyv archive, little-endian, readable at any
+//! address. It is read in place, but only after [`FrameView::parse`] has checked all of it: seal, size, archive
+//! structure, names, and that operations and keys add up. A frame that fails is dropped and counted by the receiver.
+//! Token ids never travel: a stored block costs its 8-byte key plus a share of its operation.
 //!
 //! One source (instance and rank) has one contiguous sequence for all its tiers and cache groups, so that a block
-//! that moves between tiers moves in one step. A new epoch starts empty at sequence 0; what came before is void.
+//! that moves between tiers moves in one step. An epoch begins with [`FramePart::Start`] at sequence 0, which says by
+//! digests what the source holds at that moment; every later frame is a change. Who has missed something asks
+//! ([`crate::request`]) and is answered in frames of the parts [`FramePart::Live`] (the very frames that are missing),
+//! [`FramePart::Repair`] and [`FramePart::Unavailable`], sent to whoever asked and to nobody else.
 
+use crate::digest::{Digest, MAX_BUCKET_BITS};
 use crate::ids::{
     CacheGroup, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, InvalidInstanceError, MAX_MEDIUM_BYTES,
     SourceId, Tier,
 };
 use crate::keys::{BlockKey, KeyVariant};
+use crate::request::RequestId;
 use crate::scope::{InvalidScopeError, Scope};
-use wire::{OpRecord, OwnerRecord};
+use crate::sealed::{OpenError, Seal};
+use wire::{DigestRecord, OpRecord, OwnerRecord};
 
-/// Version of the layout above.
-pub const FRAME_VERSION: u16 = 1;
+/// Version of the layout.
+pub const FRAME_VERSION: u16 = 2;
 /// Largest frame, in bytes. Below NATS's default `max_payload` of 1 MiB.
 pub const MAX_FRAME_BYTES: usize = 768 * 1024;
 /// Most owners (tier and cache group) one source can have.
 pub const MAX_FRAME_OWNERS: usize = 256;
-/// Bytes before the body.
-pub const PREAMBLE_BYTES: usize = 16;
-const MAGIC: [u8; 4] = *b"KVAF";
+const SEAL: Seal = Seal { what: "an event frame", magic: *b"KVAF", version: FRAME_VERSION };
 
 /// What a frame is part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum FramePart {
-    /// Changes as they happen; empty as a heartbeat.
+    /// Changes as they happen; none as a heartbeat.
     Live = 0,
-    /// A piece of the full state at the start of an epoch; more follows.
-    Snapshot = 1,
-    /// The last piece of the full state: from here on the index has everything the publisher has.
-    SnapshotEnd = 2,
+    /// The first frame of an epoch, at sequence 0, without operations: its digests say what is held already.
+    Start = 1,
+    /// A piece of the answer to a request for state: what is held after frame `seq`.
+    Repair = 2,
+    /// The answer to a request for frames that are not kept any more.
+    Unavailable = 3,
+}
+
+/// Which piece of which answer a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplyPart {
+    /// What is answered.
+    pub request: RequestId,
+    /// Number of this piece, from 0.
+    pub piece: u32,
+    /// How many pieces there are, at least 1.
+    pub pieces: u32,
 }
 
 /// What the publisher knows about the truth of its own mirror.
@@ -95,8 +105,12 @@ pub struct FrameHeader {
     pub health: SourceHealth,
     /// Wall clock of the newest engine event inside, nanoseconds since the Unix epoch; 0 for a heartbeat.
     pub engine_time_ns: u64,
-    /// The owners that operations refer to by position.
+    /// The owners that operations refer to by position: all that the source has.
     pub owners: Vec<FrameOwner>,
+    /// What each owner holds after this frame, by position; empty if the frame does not say.
+    pub digests: Vec<Digest>,
+    /// Present in answers ([`FramePart::Repair`], [`FramePart::Unavailable`]) and nowhere else.
+    pub reply: Option<ReplyPart>,
 }
 
 /// The operations of a frame under construction, in order.
@@ -136,11 +150,23 @@ pub enum Change<'a> {
     Removed(Keys<'a>),
     /// The owner holds nothing.
     Cleared,
+    /// In a repair: of one slice of the owner's keys ([`crate::digest::Buckets`], in as many slices as were asked for),
+    /// the owner holds exactly these.
+    Bucket {
+        /// Which slice.
+        slice: u32,
+        /// The slice's blocks, in any order.
+        blocks: Blocks<'a>,
+    },
 }
 
 /// A run of keys inside a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Keys<'a>(&'a [rkyv::rend::unaligned::u64_ule]);
+
+/// Blocks with their parents inside a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a>(&'a [rkyv::rend::unaligned::u64_ule]);
 
 /// A frame would be larger than [`MAX_FRAME_BYTES`] or has too many owners.
 #[derive(Debug, thiserror::Error)]
@@ -159,18 +185,12 @@ pub enum EncodeFrameError {
 /// A received frame is not usable. It is dropped as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum ParseFrameError {
-    /// Shorter than the preamble, or longer than allowed.
-    #[error("frame of {0} bytes (a frame has {PREAMBLE_BYTES} to {MAX_FRAME_BYTES})")]
+    /// Longer than allowed.
+    #[error("frame of {0} bytes (a frame has at most {MAX_FRAME_BYTES})")]
     Size(usize),
-    /// Not a frame.
-    #[error("magic is not KVAF")]
-    Magic,
-    /// A frame of another version: upgrade the older side.
-    #[error("frame version {0}, this build reads version {FRAME_VERSION}: upgrade the older side")]
-    Version(u16),
-    /// The body was damaged.
-    #[error("checksum does not match")]
-    Checksum,
+    /// Not a frame of this version, or damaged.
+    #[error(transparent)]
+    Sealed(#[from] OpenError),
     /// The body is not a valid archive.
     #[error("archive is not valid: {0}")]
     Archive(rkyv::rancor::Error),
@@ -219,6 +239,14 @@ mod wire {
         pub parent: u64,
     }
 
+    #[derive(Clone, Copy, Debug, Archive, Serialize, Deserialize)]
+    #[rkyv(derive(Debug))]
+    pub struct DigestRecord {
+        pub count: u64,
+        pub sum_low: u64,
+        pub sum_high: u64,
+    }
+
     #[derive(Debug, Archive, Serialize, Deserialize)]
     #[rkyv(derive(Debug))]
     pub struct Body {
@@ -232,10 +260,14 @@ mod wire {
         pub health: u8,
         pub multimodal_offsets: u8,
         pub lookahead_tokens: u8,
+        pub request: u64,
+        pub piece: u32,
+        pub pieces: u32,
         pub model: String,
         pub tenant: String,
         pub instance: String,
         pub owners: Vec<OwnerRecord>,
+        pub digests: Vec<DigestRecord>,
         pub ops: Vec<OpRecord>,
         pub keys: Vec<u64>,
     }
@@ -244,6 +276,7 @@ mod wire {
 const OP_STORED: u8 = 0;
 const OP_REMOVED: u8 = 1;
 const OP_CLEARED: u8 = 2;
+const OP_BUCKET: u8 = 3;
 
 const KIND_FULL: u8 = 0;
 const KIND_SLIDING_WINDOW: u8 = 1;
@@ -254,7 +287,12 @@ const KIND_UNKNOWN: u8 = 3;
 
 impl FramePart {
     fn from_index(index: u8) -> Option<Self> {
-        [Self::Live, Self::Snapshot, Self::SnapshotEnd].get(usize::from(index)).copied()
+        [Self::Live, Self::Start, Self::Repair, Self::Unavailable].get(usize::from(index)).copied()
+    }
+
+    /// True for the parts that only answer a request.
+    fn is_answer(self) -> bool {
+        matches!(self, Self::Repair | Self::Unavailable)
     }
 }
 
@@ -411,6 +449,14 @@ impl OpBuffer {
     pub fn cleared(&mut self, owner: u8) {
         self.ops.push(OpRecord { kind: OP_CLEARED, owner, len: 0, parent: 0 });
     }
+
+    /// Of one slice, `owner` holds exactly these blocks, each given as (parent, key). Only in repairs.
+    pub fn bucket(&mut self, owner: u8, slice: u32, blocks: impl IntoIterator<Item = (BlockKey, BlockKey)>) {
+        let before = self.keys.len();
+        self.keys.extend(blocks.into_iter().flat_map(|(parent, key)| [parent.0, key.0]));
+        let len = (self.keys.len() - before) as u32;
+        self.ops.push(OpRecord { kind: OP_BUCKET, owner, len, parent: slice.into() });
+    }
 }
 
 // === impl FrameHeader ===
@@ -432,17 +478,19 @@ impl FrameHeader {
             health: self.health as u8,
             multimodal_offsets: u8::from(self.variant.multimodal_offsets),
             lookahead_tokens: self.variant.lookahead_tokens,
+            request: self.reply.map_or(0, |reply| reply.request.0),
+            piece: self.reply.map_or(0, |reply| reply.piece),
+            pieces: self.reply.map_or(0, |reply| reply.pieces),
             model: self.scope.model().to_owned(),
             tenant: self.scope.tenant().to_owned(),
             instance: self.source.instance.as_str().to_owned(),
             owners: self.owners.iter().map(FrameOwner::to_record).collect(),
+            digests: self.digests.iter().map(digest_record).collect(),
             ops: std::mem::take(&mut ops.ops),
             keys: std::mem::take(&mut ops.keys),
         };
-        let mut out = Vec::with_capacity(PREAMBLE_BYTES + 256 + body.ops.len() * 14 + body.keys.len() * 8);
-        out.extend_from_slice(&MAGIC);
-        out.extend_from_slice(&FRAME_VERSION.to_le_bytes());
-        out.extend_from_slice(&[0; 10]);
+        let out =
+            SEAL.start(256 + body.ops.len() * size_of::<wire::ArchivedOpRecord>() + body.keys.len() * 8);
         let archived = rkyv::api::high::to_bytes_in::<_, rkyv::rancor::Error>(&body, out);
         (ops.ops, ops.keys) = (body.ops, body.keys);
         ops.clear();
@@ -450,8 +498,7 @@ impl FrameHeader {
         if out.len() > MAX_FRAME_BYTES {
             return Err(EncodeFrameError::TooLarge(out.len()));
         }
-        let checksum = xxhash_rust::xxh3::xxh3_64(&out[PREAMBLE_BYTES..]);
-        out[8..16].copy_from_slice(&checksum.to_le_bytes());
+        Seal::finish(&mut out);
         Ok(out)
     }
 }
@@ -461,25 +508,14 @@ impl FrameHeader {
 impl<'a> FrameView<'a> {
     /// Checks everything about a received frame and gives access to it.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, ParseFrameError> {
-        if bytes.len() < PREAMBLE_BYTES || bytes.len() > MAX_FRAME_BYTES {
+        if bytes.len() > MAX_FRAME_BYTES {
             return Err(ParseFrameError::Size(bytes.len()));
         }
-        if bytes[..4] != MAGIC {
-            return Err(ParseFrameError::Magic);
-        }
-        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-        if version != FRAME_VERSION {
-            return Err(ParseFrameError::Version(version));
-        }
-        let body = &bytes[PREAMBLE_BYTES..];
-        let checksum = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
-        if xxhash_rust::xxh3::xxh3_64(body) != checksum {
-            return Err(ParseFrameError::Checksum);
-        }
+        let body = SEAL.open(bytes)?;
         let archived = rkyv::access::<wire::ArchivedBody, rkyv::rancor::Error>(body)
             .map_err(ParseFrameError::Archive)?;
         let header = parse_header(archived)?;
-        check_ops(archived, header.owners.len())?;
+        check_ops(archived, &header)?;
         Ok(Self { header, archived })
     }
 
@@ -498,6 +534,7 @@ impl<'a> FrameView<'a> {
             let change = match op.kind {
                 OP_STORED => Change::Stored { parent: BlockKey(op.parent.to_native()), keys: run },
                 OP_REMOVED => Change::Removed(run),
+                OP_BUCKET => Change::Bucket { slice: op.parent.to_native() as u32, blocks: Blocks(run.0) },
                 _ => Change::Cleared,
             };
             Op { owner: usize::from(op.owner), change }
@@ -509,6 +546,17 @@ fn parse_header(body: &wire::ArchivedBody) -> Result<FrameHeader, ParseFrameErro
     let unknown = |field, value: u8| ParseFrameError::Unknown { field, value: value.into() };
     if body.owners.len() > MAX_FRAME_OWNERS {
         return Err(ParseFrameError::Inconsistent("too many owners"));
+    }
+    let part = FramePart::from_index(body.part).ok_or_else(|| unknown("part", body.part))?;
+    let (piece, pieces) = (body.piece.to_native(), body.pieces.to_native());
+    if part.is_answer() && piece >= pieces {
+        return Err(ParseFrameError::Inconsistent("an answer's piece is not one of its pieces"));
+    }
+    if !body.digests.is_empty() && body.digests.len() != body.owners.len() {
+        return Err(ParseFrameError::Inconsistent("digests and owners do not add up"));
+    }
+    if part == FramePart::Start && body.seq != 0 {
+        return Err(ParseFrameError::Inconsistent("an epoch starts elsewhere than at sequence 0"));
     }
     Ok(FrameHeader {
         scope: Scope::new(
@@ -527,18 +575,37 @@ fn parse_header(body: &wire::ArchivedBody) -> Result<FrameHeader, ParseFrameErro
         },
         epoch: Epoch(body.epoch.to_native()),
         seq: FrameSeq(body.seq.to_native()),
-        part: FramePart::from_index(body.part).ok_or_else(|| unknown("part", body.part))?,
+        part,
         health: SourceHealth::ALL
             .get(usize::from(body.health))
             .copied()
             .ok_or_else(|| unknown("health", body.health))?,
         engine_time_ns: body.engine_time_ns.to_native(),
         owners: body.owners.iter().map(FrameOwner::from_archived).collect::<Result<_, _>>()?,
+        digests: body.digests.iter().map(digest).collect(),
+        reply: part.is_answer().then(|| ReplyPart {
+            request: RequestId(body.request.to_native()),
+            piece,
+            pieces,
+        }),
     })
 }
 
+fn digest_record(digest: &Digest) -> DigestRecord {
+    DigestRecord { count: digest.count, sum_low: digest.sum as u64, sum_high: (digest.sum >> 64) as u64 }
+}
+
+fn digest(record: &wire::ArchivedDigestRecord) -> Digest {
+    let (low, high) = (record.sum_low.to_native(), record.sum_high.to_native());
+    Digest { count: record.count.to_native(), sum: (u128::from(high) << 64) | u128::from(low) }
+}
+
 /// After this check, [`FrameView::ops`] cannot go out of range.
-fn check_ops(body: &wire::ArchivedBody, owners: usize) -> Result<(), ParseFrameError> {
+fn check_ops(body: &wire::ArchivedBody, header: &FrameHeader) -> Result<(), ParseFrameError> {
+    let owners = header.owners.len();
+    if !body.ops.is_empty() && matches!(header.part, FramePart::Start | FramePart::Unavailable) {
+        return Err(ParseFrameError::Inconsistent("a frame of this part has no operations"));
+    }
     let mut keys = 0usize;
     for op in body.ops.iter() {
         let len = op.len.to_native() as usize;
@@ -548,8 +615,17 @@ fn check_ops(body: &wire::ArchivedBody, owners: usize) -> Result<(), ParseFrameE
         match op.kind {
             OP_STORED | OP_REMOVED if len > 0 => keys += len,
             OP_CLEARED if len == 0 => {}
-            OP_STORED | OP_REMOVED | OP_CLEARED => {
-                return Err(ParseFrameError::Inconsistent("an operation has the wrong number of keys"));
+            OP_BUCKET
+                if header.part == FramePart::Repair
+                    && len % 2 == 0
+                    && op.parent.to_native() < 1 << MAX_BUCKET_BITS =>
+            {
+                keys += len;
+            }
+            OP_STORED | OP_REMOVED | OP_CLEARED | OP_BUCKET => {
+                return Err(ParseFrameError::Inconsistent(
+                    "an operation is not one of this part, or has the wrong number of keys",
+                ));
             }
             other => {
                 return Err(ParseFrameError::Unknown { field: "operation", value: other.into() });
@@ -578,6 +654,25 @@ impl<'a> Keys<'a> {
     /// The keys in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = BlockKey> + use<'a> {
         self.0.iter().map(|key| BlockKey(key.to_native()))
+    }
+}
+
+// === impl Blocks ===
+
+impl<'a> Blocks<'a> {
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.0.len() / 2
+    }
+
+    /// True for a slice that holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The blocks as (parent, key).
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (BlockKey, BlockKey)> + use<'a> {
+        self.0.chunks_exact(2).map(|pair| (BlockKey(pair[0].to_native()), BlockKey(pair[1].to_native())))
     }
 }
 

@@ -25,6 +25,8 @@ fn header(owners: usize) -> FrameHeader {
         health: SourceHealth::Exact,
         engine_time_ns: 5,
         owners: (0..owners).map(owner).collect(),
+        digests: Vec::new(),
+        reply: None,
     }
 }
 
@@ -37,6 +39,12 @@ fn plain(view: &FrameView<'_>) -> Vec<Plain> {
             Change::Stored { parent, keys } => (0, op.owner, parent.0, keys.iter().map(|k| k.0).collect()),
             Change::Removed(keys) => (1, op.owner, 0, keys.iter().map(|k| k.0).collect()),
             Change::Cleared => (2, op.owner, 0, vec![]),
+            Change::Bucket { slice, blocks } => (
+                3,
+                op.owner,
+                slice.into(),
+                blocks.iter().flat_map(|(parent, key)| [parent.0, key.0]).collect(),
+            ),
         })
         .collect()
 }
@@ -119,7 +127,10 @@ fn frames_are_read_at_any_address() {
 fn a_frame_of_another_version_says_so() {
     let mut bytes = header(1).encode(&mut OpBuffer::default()).unwrap();
     bytes[4] = 9;
-    assert!(matches!(FrameView::parse(&bytes), Err(ParseFrameError::Version(9))));
+    assert!(matches!(
+        FrameView::parse(&bytes),
+        Err(ParseFrameError::Sealed(OpenError::Version { found: 9, .. }))
+    ));
 }
 
 #[test]
@@ -189,11 +200,49 @@ proptest! {
     fn any_bytes_behind_a_correct_preamble_are_refused_without_panic(
         body in proptest::collection::vec(any::<u8>(), 0..400),
     ) {
-        let mut bytes = Vec::from(MAGIC);
+        let mut bytes = Vec::from(*b"KVAF");
         bytes.extend_from_slice(&FRAME_VERSION.to_le_bytes());
         bytes.extend_from_slice(&[0, 0]);
         bytes.extend_from_slice(&xxhash_rust::xxh3::xxh3_64(&body).to_le_bytes());
         bytes.extend_from_slice(&body);
         let _ = FrameView::parse(&bytes);
     }
+}
+
+#[test]
+fn digests_and_the_slices_of_an_answer_survive_the_wire() {
+    let mut header = header(2);
+    header.part = FramePart::Repair;
+    header.digests = vec![Digest::of([BlockKey(5)]), Digest::default()];
+    header.reply = Some(ReplyPart { request: RequestId(8), piece: 1, pieces: 3 });
+    let mut ops = OpBuffer::default();
+    ops.bucket(1, 9, [(BlockKey(1), BlockKey(2)), (BlockKey(7), BlockKey(8))]);
+    ops.bucket(0, 3, []);
+    ops.stored(0, BlockKey(2), BlockKey(3));
+    let bytes = header.encode(&mut ops).unwrap();
+    let view = FrameView::parse(&bytes).unwrap();
+    assert_eq!(view.header(), &header);
+    assert_eq!(plain(&view), [(3, 1, 9, vec![1, 2, 7, 8]), (3, 0, 3, vec![]), (0, 0, 2, vec![3])]);
+}
+
+#[test]
+fn parts_and_their_contents_must_fit_together() {
+    let encode = |change: &dyn Fn(&mut FrameHeader, &mut OpBuffer)| {
+        let (mut header, mut ops) = (header(1), OpBuffer::default());
+        change(&mut header, &mut ops);
+        FrameView::parse(&header.encode(&mut ops).unwrap()).is_ok()
+    };
+    assert!(!encode(&|_, ops| ops.bucket(0, 0, [])), "a slice outside an answer");
+    assert!(!encode(&|header, _| header.part = FramePart::Repair), "an answer to nothing");
+    assert!(!encode(&|header, _| header.part = FramePart::Start), "a start at sequence 7");
+    assert!(!encode(&|header, _| header.digests = vec![Digest::default(); 2]), "more digests than owners");
+    let start = |header: &mut FrameHeader| (header.part, header.seq) = (FramePart::Start, FrameSeq(0));
+    assert!(encode(&|header, _| start(header)));
+    assert!(
+        !encode(&|header, ops| {
+            start(header);
+            ops.cleared(0);
+        }),
+        "a start with changes"
+    );
 }

@@ -3,6 +3,8 @@
 //! ```text
 //! PREFIX.v1.ev.SCOPE.SHARD.INSTANCE.RANK     event frames of one source
 //! PREFIX.v1.ctl.INSTANCE.RANK                requests to the publisher of one source
+//! PREFIX.v1.rep.ASKER.INSTANCE.RANK          its answers to one asker
+//! PREFIX.v1.hello                            asks every publisher for a heartbeat now
 //! ```
 //!
 //! `PREFIX` is the deployment's name (default `kvatlas`), `SCOPE` the scope token (16 hex digits), `SHARD` the virtual
@@ -19,6 +21,8 @@ use crate::scope::ScopeToken;
 pub const DEFAULT_PREFIX: &str = "kvatlas";
 /// Version of the subject layout.
 const VERSION: &str = "v1";
+/// Longest name of an asker, in bytes.
+const MAX_ASKER_BYTES: usize = 64;
 
 /// Builds and parses the subjects of one deployment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +34,15 @@ pub struct Subjects {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("subject prefix {0:?} is not usable: give 1 to 64 of A-Z a-z 0-9 _ - separated by single dots")]
 pub struct InvalidPrefixError(String);
+
+/// The name cannot be a word of a subject.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0:?} cannot name an asker: give 1 to {MAX_ASKER_BYTES} of A-Z a-z 0-9 _ -")]
+pub struct InvalidAskerError(String);
+
+/// Who asks publishers and gets their answers: one life of one index server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asker(String);
 
 /// The subject is not one of ours.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -53,6 +66,15 @@ pub enum Subject {
         /// Who is asked.
         source: SourceId,
     },
+    /// An answer of one source's publisher.
+    Reply {
+        /// Who had asked.
+        asker: Asker,
+        /// Who answers.
+        source: SourceId,
+    },
+    /// Every publisher is to show itself.
+    Hello,
 }
 
 /// A part of a scope's key space, as subjects name it.
@@ -98,7 +120,22 @@ impl Subjects {
         format!("{}.{VERSION}.ctl.{}", self.prefix, source_token(source))
     }
 
-    /// The inverse of [`Self::events`] and [`Self::control`].
+    /// Where the publisher of `source` answers `asker`.
+    pub fn reply(&self, asker: &Asker, source: &SourceId) -> String {
+        format!("{}.{VERSION}.rep.{}.{}", self.prefix, asker.0, source_token(source))
+    }
+
+    /// Matches every answer to `asker`.
+    pub fn all_replies(&self, asker: &Asker) -> String {
+        format!("{}.{VERSION}.rep.{}.>", self.prefix, asker.0)
+    }
+
+    /// Where every publisher is asked for a sign of life.
+    pub fn hello(&self) -> String {
+        format!("{}.{VERSION}.hello", self.prefix)
+    }
+
+    /// The inverse of the above.
     pub fn parse(&self, subject: &str) -> Result<Subject, UnknownSubjectError> {
         self.parse_inner(subject).ok_or_else(|| UnknownSubjectError(subject.to_owned()))
     }
@@ -115,8 +152,27 @@ impl Subjects {
             [VERSION, "ctl", instance, rank] => {
                 Some(Subject::Control { source: parse_source(instance, rank)? })
             }
+            [VERSION, "rep", asker, instance, rank] => Some(Subject::Reply {
+                asker: Asker::new(*asker).ok()?,
+                source: parse_source(instance, rank)?,
+            }),
+            [VERSION, "hello"] => Some(Subject::Hello),
             _ => None,
         }
+    }
+}
+
+// === impl Asker ===
+
+impl Asker {
+    /// Accepts 1 to 64 of `[A-Za-z0-9_-]`. Two lives of a server need two names: answers to the first would else
+    /// reach the second.
+    pub fn new(name: impl Into<String>) -> Result<Self, InvalidAskerError> {
+        let name = name.into();
+        if name.is_empty() || name.len() > MAX_ASKER_BYTES || !name.bytes().all(is_plain) {
+            return Err(InvalidAskerError(name));
+        }
+        Ok(Self(name))
     }
 }
 
@@ -250,7 +306,11 @@ mod tests {
                 subjects.parse(&events),
                 Ok(Subject::Events { scope: ScopeToken(token), shard, source: source.clone() })
             );
-            prop_assert_eq!(subjects.parse(&control), Ok(Subject::Control { source }));
+            prop_assert_eq!(subjects.parse(&control), Ok(Subject::Control { source: source.clone() }));
+            let asker = Asker::new("index-7").unwrap();
+            let reply = subjects.reply(&asker, &source);
+            prop_assert_eq!(subjects.parse(&reply), Ok(Subject::Reply { asker, source }));
+            prop_assert_eq!(subjects.parse(&subjects.hello()), Ok(Subject::Hello));
         }
     }
 }

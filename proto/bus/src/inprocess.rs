@@ -12,7 +12,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::future::join_all;
 use parking_lot::RwLock;
@@ -107,11 +106,12 @@ impl InProcessBus {
         }
     }
 
-    fn check(&self, subject: &str, payload: &Bytes) -> Result<(), PublishError> {
+    fn check(&self, BusMessage { subject, reply, payload }: &BusMessage) -> Result<(), PublishError> {
         check_subject(subject)?;
+        reply.as_deref().map_or(Ok(()), check_subject)?;
         if payload.len() > self.config.max_payload_bytes {
             let (bytes, max_bytes) = (payload.len(), self.config.max_payload_bytes);
-            return Err(TooLargeError { subject: subject.to_owned(), bytes, max_bytes }.into());
+            return Err(TooLargeError { subject: subject.clone(), bytes, max_bytes }.into());
         }
         Ok(())
     }
@@ -131,13 +131,12 @@ impl InProcessBus {
 
 #[async_trait]
 impl Bus for InProcessBus {
-    async fn publish(&self, subject: String, payload: Bytes) -> Result<(), PublishError> {
-        self.check(&subject, &payload).inspect_err(|_| {
+    async fn send(&self, message: BusMessage) -> Result<(), PublishError> {
+        self.check(&message).inspect_err(|_| {
             self.refused.fetch_add(1, Relaxed);
         })?;
         self.published.fetch_add(1, Relaxed);
-        let targets = self.registry.matching(&subject);
-        let message = BusMessage { subject, payload };
+        let targets = self.registry.matching(&message.subject);
         let mut full = Vec::new();
         for subscriber in &targets {
             match subscriber.sender.try_send(message.clone()) {

@@ -9,8 +9,9 @@
 //! bus counts what it knows to be lost in [`BusStats`], but only receivers see every loss: they detect it by the
 //! contiguous sequence in each frame and repair it.
 //!
-//! **What it does not do.** No acknowledgement, no persistence, no request/reply; no meaning of subjects (the
-//! contract crate builds and parses them).
+//! **What it does not do.** No acknowledgement, no persistence, no meaning of subjects (the contract crate builds and
+//! parses them). A message may name a subject for replies, as in NATS; any number of answers may come, or none, and who
+//! asked decides how long to wait.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -35,12 +36,14 @@ pub use subject::{InvalidFilterError, InvalidSubjectError};
 /// repaired gap instead of standing still.
 pub const DEFAULT_PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One message as a subscriber sees it.
+/// One message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BusMessage {
-    /// Where it was published.
+    /// Where it is published.
     pub subject: String,
-    /// What was published.
+    /// Where answers are expected, if any are.
+    pub reply: Option<String>,
+    /// What is published.
     pub payload: Bytes,
 }
 
@@ -57,7 +60,12 @@ pub trait Bus: Send + Sync + 'static {
     /// Waits while a queue is full, but not longer than the configured publish timeout; then the message is lost for
     /// the queue that had no room, [`BusStats`] counts it, and the call succeeds. To keep one publisher's messages in
     /// order, await each call before the next.
-    async fn publish(&self, subject: String, payload: Bytes) -> Result<(), PublishError>;
+    async fn send(&self, message: BusMessage) -> Result<(), PublishError>;
+
+    /// [`Self::send`] of a message that expects no answer.
+    async fn publish(&self, subject: String, payload: Bytes) -> Result<(), PublishError> {
+        self.send(BusMessage { subject, reply: None, payload }).await
+    }
 
     /// Subscribes to an exact subject, or with `*` for one word and a trailing `>` for the rest.
     ///
@@ -137,7 +145,7 @@ pub struct TooLargeError {
     pub max_bytes: usize,
 }
 
-/// The failures of [`Bus::publish`].
+/// The failures of [`Bus::send`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PublishError {
     /// The subject is not usable.

@@ -102,11 +102,18 @@ impl NatsBus {
         ClosedError { bus: self.servers.clone() }
     }
 
-    async fn try_publish(&self, subject: String, payload: Bytes) -> Result<(), PublishError> {
+    async fn try_send(&self, message: BusMessage) -> Result<(), PublishError> {
+        let BusMessage { subject, reply, payload } = message;
         check_subject(&subject)?;
+        reply.as_deref().map_or(Ok(()), check_subject)?;
         let bytes = payload.len();
-        let Ok(outcome) = timeout(self.publish_timeout, self.client.publish(subject.clone(), payload)).await
-        else {
+        let sending = async {
+            match reply {
+                Some(reply) => self.client.publish_with_reply(subject.clone(), reply, payload).await,
+                None => self.client.publish(subject.clone(), payload).await,
+            }
+        };
+        let Ok(outcome) = timeout(self.publish_timeout, sending).await else {
             let abandoned = self.counters.abandoned.fetch_add(1, Relaxed) + 1;
             if abandoned.is_power_of_two() {
                 tracing::warn!(servers = %self.servers, abandoned, "messages are given up: the broker takes none");
@@ -147,8 +154,8 @@ impl NatsBus {
 
 #[async_trait]
 impl Bus for NatsBus {
-    async fn publish(&self, subject: String, payload: Bytes) -> Result<(), PublishError> {
-        self.try_publish(subject, payload).await.inspect_err(|_| {
+    async fn send(&self, message: BusMessage) -> Result<(), PublishError> {
+        self.try_send(message).await.inspect_err(|_| {
             self.counters.refused.fetch_add(1, Relaxed);
         })
     }
@@ -256,7 +263,11 @@ impl Counters {
 }
 
 fn bus_message(message: Message) -> BusMessage {
-    BusMessage { subject: message.subject.into_string(), payload: message.payload }
+    BusMessage {
+        subject: message.subject.into_string(),
+        reply: message.reply.map(async_nats::Subject::into_string),
+        payload: message.payload,
+    }
 }
 
 /// Scheme, host and port of each: what is left of a URL without its credentials.

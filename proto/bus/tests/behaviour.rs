@@ -43,6 +43,7 @@ macro_rules! every_bus_keeps {
 
 every_bus_keeps!(
     one_publishers_messages_arrive_in_order,
+    a_request_carries_the_subject_for_its_answers,
     filters_select_by_words,
     every_subscriber_gets_every_message,
     a_message_after_subscribe_returned_is_delivered,
@@ -121,6 +122,24 @@ async fn one_publishers_messages_arrive_in_order(bus: Fixture) {
     }
     assert_eq!(bus.here.stats().published, 2 * MESSAGES as u64);
     assert_eq!(bus.there.stats().dropped, 0);
+}
+
+async fn a_request_carries_the_subject_for_its_answers(bus: Fixture) {
+    let mut requests = subscribe(&bus.there, "ask.*").await;
+    let mut answers = subscribe(&bus.here, "answers.me.>").await;
+    let request = BusMessage {
+        subject: "ask.it".to_owned(),
+        reply: Some("answers.me.7".to_owned()),
+        payload: Bytes::from_static(b"?"),
+    };
+    bus.here.send(request.clone()).await.expect("a usable message");
+    assert_eq!(receive(&mut requests).await, request);
+    for answer in ["one", "two", "end"] {
+        publish(&bus.there, request.reply.as_deref().unwrap(), answer).await;
+    }
+    assert_eq!(payloads_until_end(&mut answers).await, ["one", "two"]);
+    let wild = BusMessage { reply: Some("answers.*".to_owned()), ..request };
+    assert!(bus.here.send(wild).await.is_err(), "an answer needs one subject");
 }
 
 async fn filters_select_by_words(bus: Fixture) {
