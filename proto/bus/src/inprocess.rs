@@ -230,6 +230,8 @@ impl Drop for Inbox {
 mod tests {
     use futures_util::FutureExt as _;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::TryRecvError;
 
