@@ -7,20 +7,29 @@ use crate::index::{DumpOwner, OwnerInfo, SourceInfo};
 use crate::query::{ScoreAnswer, ScoreRow};
 use crate::sources::SourceState;
 
-/// The answer to a score request. An index that is not partitioned always covers the whole key space.
-pub(crate) fn score_response(request_id: u64, answer: ScoreAnswer, lookup_ns: u64) -> pb::ScoreResponse {
+/// What an index that has not found out everything yet says beside its answers.
+const NOT_READY: &str = "the index has just started and is still finding out what publishers hold";
+
+/// The answer to a score request. An index that is not partitioned covers the whole key space once it is ready.
+pub(crate) fn score_response(
+    request_id: u64,
+    answer: ScoreAnswer,
+    lookup_ns: u64,
+    now_ms: u64,
+    ready: bool,
+) -> pb::ScoreResponse {
     pb::ScoreResponse {
         request_id,
-        instances: answer.rows.into_iter().map(instance_score).collect(),
+        instances: answer.rows.into_iter().map(|row| instance_score(row, now_ms)).collect(),
         scope_known: answer.scope_known,
         prompt_blocks: answer.prompt_blocks,
-        coverage: 1.0,
-        missing: Vec::new(),
+        coverage: if ready { 1.0 } else { 0.0 },
+        missing: if ready { Vec::new() } else { vec![NOT_READY.to_owned()] },
         lookup_ns,
     }
 }
 
-fn instance_score(row: ScoreRow) -> pb::InstanceScore {
+fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
     let tokens = |blocks| tokens_of(blocks, row.block_size);
     let tiers = row.matched.tiers.iter().map(|tier| pb::TierMatch {
         tier: tier_number(tier.tier.tier()),
@@ -39,6 +48,8 @@ fn instance_score(row: ScoreRow) -> pb::InstanceScore {
         tiers: tiers.collect(),
         block_size: row.block_size,
         state: row.state.map_or(pb::SourceState::Unspecified, state_of).into(),
+        degraded_reason: row.state.map_or("", SourceState::degraded_reason).to_owned(),
+        verified_age_ms: row.verified_ms.map(|at| now_ms.saturating_sub(at)),
         instance: row.instance,
     }
 }
@@ -60,7 +71,7 @@ pub(crate) fn source(info: SourceInfo) -> pb::Source {
         applied_seq: info.applied_seq.map(|seq| seq.0),
         state: state_of(info.state).into(),
         degraded_reason: info.state.degraded_reason().to_owned(),
-        verified_age_ms: None,
+        verified_age_ms: info.verified_age_ms,
         silent_ms: info.silent_ms,
         owners: info.owners.into_iter().map(owner).collect(),
     }
@@ -73,6 +84,7 @@ fn owner(info: OwnerInfo) -> pb::Owner {
         group: info.group.0.into(),
         group_kind: group_kind(info.kind).to_owned(),
         blocks: info.blocks as u64,
+        digest: format!("{:032x}", info.digest.sum),
     }
 }
 
@@ -104,6 +116,7 @@ fn state_of(state: SourceState) -> pb::SourceState {
     match state {
         SourceState::Syncing => pb::SourceState::Syncing,
         SourceState::Live => pb::SourceState::Live,
+        SourceState::Verified => pb::SourceState::Verified,
         SourceState::Degraded(_) => pb::SourceState::Degraded,
         SourceState::Gone => pb::SourceState::Gone,
     }

@@ -2,22 +2,26 @@
 //!
 //! `now_ms` is any clock that does not go back, in milliseconds, the same for all calls.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvatlas_proto::frame::FrameView;
+use bytes::Bytes;
+use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
+use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
 use kvatlas_proto::{
-    CacheGroup, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, OwnerRef, Scope, SourceId,
+    CacheGroup, Digest, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, OwnerRef, Scope, SourceId,
 };
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::matching::{SourceMatch, TierName};
 use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, ScopeIndex, ScopeState};
-use crate::sources::{Expiry, SourceState, Verdict};
+use crate::session::Permits;
+use crate::sources::{Expiry, SourceState, SourceTracker, Verdict};
 use crate::table::OwnerNo;
 
 /// Scopes, by default. Far more models and tenants than one index serves; each costs about a kilobyte.
@@ -28,6 +32,11 @@ pub const DEFAULT_MAX_SOURCES_PER_SCOPE: usize = 65_536;
 pub const DEFAULT_MAX_OWNERS: usize = 1_048_576;
 /// Blocks, counted once per owner, of all scopes, by default. At about 60 bytes each this is 4 GB.
 pub const DEFAULT_MAX_BLOCKS: usize = 64 << 20;
+
+/// State transfers that run at the same time: a fleet that synchronises takes its turns, and queries keep their latency.
+pub const MAX_TRANSFERS: usize = 8;
+/// Sources that one [`Index::poll`] looks after; the others have their turn in the next.
+const SOURCES_PER_POLL: usize = 256;
 
 /// What an index may hold. At a bound the new thing is refused and counted; what is there stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +57,10 @@ pub struct Index {
     hasher: KeyHasher,
     scopes: RwLock<BTreeMap<Scope, Arc<ScopeIndex>>>,
     budget: Budget,
+    /// Sources whose publishers may have to be asked, each once, in the order of their turns.
+    troubled: Mutex<VecDeque<(Scope, SourceId)>>,
+    permits: Permits,
+    next_request: AtomicU64,
 }
 
 /// A frame was refused because a bound was reached and it would have needed something new.
@@ -128,6 +141,8 @@ pub struct SourceInfo {
     pub applied_seq: Option<FrameSeq>,
     /// How far it can be trusted.
     pub state: SourceState,
+    /// Milliseconds since digests were last equal; `None` if they have not been since the content was last in doubt.
+    pub verified_age_ms: Option<u64>,
     /// Milliseconds since the last frame that proved life.
     pub silent_ms: u64,
     /// What it holds.
@@ -147,6 +162,8 @@ pub struct OwnerInfo {
     pub kind: GroupKind,
     /// Blocks held.
     pub blocks: usize,
+    /// Their digest.
+    pub digest: Digest,
 }
 
 /// An owner whose keys can be read with [`Index::keys_of`].
@@ -173,6 +190,9 @@ pub struct IndexTotals {
     pub distinct_blocks: usize,
     /// Sources by state.
     pub sources: BTreeMap<SourceState, usize>,
+    /// Longest time since digests were equal, over the sources that count, milliseconds; 0 if none counts, `None` if one
+    /// was never compared.
+    pub verified_age_ms: Option<u64>,
 }
 
 // === impl IndexLimits ===
@@ -211,22 +231,67 @@ impl Index {
             hasher: KeyHasher::new(seed),
             scopes: RwLock::default(),
             budget: Budget::new(limits.blocks, limits.owners),
+            troubled: Mutex::default(),
+            permits: Permits::new(MAX_TRANSFERS),
+            next_request: AtomicU64::new(1),
         }
     }
 
-    /// Applies a frame, or says why not.
-    pub fn apply(&self, frame: &FrameView<'_>, now_ms: u64) -> Result<Applied, LimitReached> {
+    /// Applies a frame from the source's event subject, or says why not. `bytes` is what `frame` was parsed from: it may
+    /// have to wait for frames before it.
+    pub fn apply(&self, frame: &FrameView<'_>, bytes: &Bytes, now_ms: u64) -> Result<Applied, LimitReached> {
         let header = frame.header();
         let scope = self.find_or_add_scope(&header.scope)?;
         let bound = self.limits.sources_per_scope;
-        let Some(applied) = scope.apply(frame, now_ms, bound, &self.budget) else {
+        let Some(applied) = scope.apply(frame, bytes, now_ms, bound, &self.budget) else {
             let (scope, source_id) = (header.scope.clone(), header.source.clone());
             return Err(LimitReached::Sources { scope, source_id, bound });
         };
-        if matches!(applied.verdict, Verdict::NewEpoch) {
+        if matches!(applied.verdict, Some(Verdict::NewEpoch | Verdict::NewEpochHidden)) {
             self.leave_other_scopes(&header.source, &header.scope);
         }
+        self.note(header, &applied);
         Ok(applied)
+    }
+
+    /// Applies a frame that answers one of our questions. `None` if nobody asked about its source.
+    pub fn on_reply(&self, frame: &FrameView<'_>, bytes: &Bytes, now_ms: u64) -> Option<Applied> {
+        let header = frame.header();
+        if matches!(header.part, FramePart::Live | FramePart::Start) {
+            return self.apply(frame, bytes, now_ms).ok();
+        }
+        let scope = self.scopes.read().get(&header.scope).cloned()?;
+        let applied = scope.take_answer(frame, bytes, now_ms, &self.budget)?;
+        self.note(header, &applied);
+        Some(applied)
+    }
+
+    fn note(&self, header: &FrameHeader, applied: &Applied) {
+        if applied.enqueue {
+            self.troubled.lock().push_back((header.scope.clone(), header.source.clone()));
+        }
+    }
+
+    /// What is to be asked of publishers now. To be called every ten milliseconds or so while [`Self::is_troubled`].
+    pub fn poll(&self, now_ms: u64) -> Vec<(SourceId, Request)> {
+        let mut requests = Vec::new();
+        let turns = self.troubled.lock().len().min(SOURCES_PER_POLL);
+        for _ in 0..turns {
+            let Some((scope, source)) = self.troubled.lock().pop_front() else { break };
+            let Some(index) = self.scopes.read().get(&scope).cloned() else { continue };
+            let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+            let looked = index.look_after(&source, now_ms, &self.budget, &self.permits, id);
+            requests.extend(looked.request.map(|request| (source.clone(), request)));
+            if looked.again {
+                self.troubled.lock().push_back((scope, source));
+            }
+        }
+        requests
+    }
+
+    /// True if publishers may have to be asked.
+    pub fn is_troubled(&self) -> bool {
+        !self.troubled.lock().is_empty()
     }
 
     /// A source publishes in one scope at a time: an engine that was restarted with another model, tenant or block size
@@ -321,6 +386,7 @@ impl Index {
                     epoch: source.tracker.epoch(),
                     applied_seq: source.tracker.applied_seq(),
                     state: source.tracker.state(),
+                    verified_age_ms: source.tracker.verified_ms().map(|at| now_ms.saturating_sub(at)),
                     silent_ms: source.tracker.silent_ms(now_ms),
                     owners,
                 });
@@ -365,9 +431,18 @@ impl Index {
         keys
     }
 
+    /// True while a publisher is known to live whose state is not known here yet.
+    pub fn is_finding_out(&self, now_ms: u64) -> bool {
+        self.scopes_where(|_| true).iter().any(|(_, index)| {
+            let state = index.state.read();
+            state.sources().any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
+        })
+    }
+
     /// Sizes now.
-    pub fn totals(&self) -> IndexTotals {
+    pub fn totals(&self, now_ms: u64) -> IndexTotals {
         let mut totals = IndexTotals {
+            verified_age_ms: Some(0),
             owners: self.budget.owners(),
             blocks: self.budget.entries(),
             ..IndexTotals::default()
@@ -378,6 +453,10 @@ impl Index {
             totals.distinct_blocks += state.table.distinct();
             for (_, source) in state.sources() {
                 *totals.sources.entry(source.tracker.state()).or_default() += 1;
+                if source.tracker.counts() {
+                    let age = source.tracker.verified_ms().map(|at| now_ms.saturating_sub(at));
+                    totals.verified_age_ms = totals.verified_age_ms.zip(age).map(|(a, b)| a.max(b));
+                }
             }
         }
         totals
@@ -442,10 +521,11 @@ fn add_unmatched(candidates: &BTreeSet<&str>, others: &Scopes<'_>, rows: &mut Ve
     let answered: BTreeSet<String> = rows.iter().map(|row| row.instance.clone()).collect();
     for name in candidates.iter().filter(|name| !answered.contains(**name)) {
         let before = rows.len();
-        let empty = |rank, state, block_size| ScoreRow {
+        let empty = |rank, tracker: Option<&SourceTracker>, block_size| ScoreRow {
             instance: (*name).to_owned(),
             rank,
-            state,
+            state: tracker.map(SourceTracker::state),
+            verified_ms: tracker.and_then(SourceTracker::verified_ms),
             block_size,
             score: 0.0,
             matched: SourceMatch::default(),
@@ -455,9 +535,7 @@ fn add_unmatched(candidates: &BTreeSet<&str>, others: &Scopes<'_>, rows: &mut Ve
                 let state = index.state.read();
                 let known = state.ranks_of(&instance).filter_map(|no| state.source(no));
                 rows.extend(
-                    known.map(|source| {
-                        empty(source.id.rank.0, Some(source.tracker.state()), scope.block_size())
-                    }),
+                    known.map(|source| empty(source.id.rank.0, Some(&source.tracker), scope.block_size())),
                 );
             }
         }
@@ -475,6 +553,7 @@ fn owner_info(state: &ScopeState, no: OwnerNo) -> Option<OwnerInfo> {
         group: owner.group,
         kind: owner.kind,
         blocks: state.table.blocks_of(no),
+        digest: state.table.digest_of(no),
     })
 }
 

@@ -1,7 +1,7 @@
-//! The way in: event frames from the bus into the index, requests for full states back out, and leases.
+//! The way in: event frames and answers from the bus into the index, questions back out, and leases.
 //!
-//! Nothing here can be kept waiting by one source: a bad frame is dropped and counted, a request that cannot be sent
-//! is dropped and counted and asked again at the next gap.
+//! Nothing here can be kept waiting by one source: a bad frame is dropped and counted, a question that cannot be sent
+//! is dropped and counted and asked again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,23 +9,27 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvatlas_bus::{Bus, BusMessage, Subscription};
 use kvatlas_proto::SourceId;
-use kvatlas_proto::frame::{FrameHeader, FrameView, ParseFrameError};
-use kvatlas_proto::subject::{Shard, Subject, Subjects};
+use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView, ParseFrameError};
+use kvatlas_proto::request::{Request, Want};
+use kvatlas_proto::sealed::OpenError;
+use kvatlas_proto::subject::{Asker, Shard, Subject, Subjects};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::burst::BurstLimiter;
 use crate::clock::Clock;
 use crate::index::{Applied, Index, LimitReached};
-use crate::metrics::{Metrics, ReasonLabel};
-use crate::sources::{DegradedReason, Expiry, SourceState, Verdict};
+use crate::metrics::{KindLabel, Metrics, ReasonLabel};
+use crate::sources::{Expiry, SourceState};
 
 /// Frames after which the reader lets other tasks of its thread run, however many are waiting.
 const FRAMES_PER_TURN: usize = 32;
-/// Requests for a full state that wait to be sent. Each source has at most one per second, so this covers a fleet that
-/// is discovered at once; at the bound a request is dropped and the source's next frame asks again.
-pub(crate) const RESYNC_QUEUE: usize = 4_096;
+/// Questions that wait to be sent. At the bound a question is dropped, and asked again after its wait.
+pub(crate) const REQUEST_QUEUE: usize = 1_024;
+/// Time between two looks at sources that may have to be asked, while there are any.
+const POLL: Duration = Duration::from_millis(10);
 /// Time between two looks at the leases. Leases are tens of seconds, so a second late is nothing.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -35,8 +39,17 @@ pub(crate) struct Ingest {
     pub(crate) subjects: Subjects,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
-    pub(crate) resync: mpsc::Sender<SourceId>,
+    pub(crate) requests: mpsc::Sender<(SourceId, Request)>,
     pub(crate) log: IngestLog,
+}
+
+/// Where frames come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// From the event subjects.
+    Events,
+    /// From our subject for answers.
+    Replies,
 }
 
 /// One limiter per kind of line.
@@ -44,7 +57,8 @@ pub(crate) struct Ingest {
 pub(crate) struct IngestLog {
     bad: BurstLimiter,
     refused: BurstLimiter,
-    resync: BurstLimiter,
+    requests: BurstLimiter,
+    diverged: BurstLimiter,
 }
 
 /// A message on an event subject is not a frame that belongs there.
@@ -58,22 +72,41 @@ enum BadFrameError {
     Mismatch { source_id: SourceId, scope: String },
     #[error("frame is of a part of its scope; this server takes in whole scopes only")]
     Sharded,
+    #[error("an answer to a question came as an event")]
+    Unasked,
 }
 
 // === impl Ingest ===
 
 impl Ingest {
     /// Reads until the bus is closed for good (false) or `stop` (true).
-    pub(crate) async fn run(mut self, mut subscription: Subscription, stop: CancellationToken) -> bool {
+    pub(crate) async fn run(
+        mut self,
+        mut events: Subscription,
+        mut replies: Subscription,
+        stop: CancellationToken,
+    ) -> bool {
         let mut turn = 0;
+        let mut poll = tokio::time::interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let message = tokio::select! {
+            let troubled = self.index.is_troubled();
+            let (origin, message) = tokio::select! {
                 biased;
                 () = stop.cancelled() => return true,
-                message = subscription.recv() => message,
+                _ = poll.tick(), if troubled => {
+                    self.ask();
+                    continue;
+                }
+                message = replies.recv() => (Origin::Replies, message),
+                message = events.recv() => (Origin::Events, message),
             };
             let Some(message) = message else { return false };
-            self.take(&message);
+            self.take(&message, origin);
+            // A question that is due at once is not kept waiting for the next look.
+            if !troubled && self.index.is_troubled() {
+                self.ask();
+            }
             turn += 1;
             if turn >= FRAMES_PER_TURN {
                 turn = 0;
@@ -82,12 +115,12 @@ impl Ingest {
         }
     }
 
-    fn take(&mut self, message: &BusMessage) {
+    fn take(&mut self, message: &BusMessage, origin: Origin) {
         let now_ms = self.clock.now_ms();
-        let frame = match parse(&self.subjects, message) {
+        let frame = match parse(&self.subjects, message, origin) {
             Ok(frame) => frame,
             Err(error) => {
-                // A publisher whose frame was damaged is asked for everything once its next frame shows the gap.
+                // A frame that was damaged is asked for once the next one shows the gap.
                 self.metrics.frames_bad.get_or_create(&ReasonLabel { reason: error.reason() }).inc();
                 if let Some(withheld) = self.log.bad.admit(now_ms) {
                     let (subject, bytes) = (&message.subject, message.payload.len());
@@ -96,7 +129,14 @@ impl Ingest {
                 return;
             }
         };
-        match self.index.apply(&frame, now_ms) {
+        if origin == Origin::Replies {
+            self.metrics.reply_bytes.inc_by(message.payload.len() as u64);
+            if let Some(applied) = self.index.on_reply(&frame, &message.payload, now_ms) {
+                self.follow_up(frame.header(), &applied, now_ms);
+            }
+            return;
+        }
+        match self.index.apply(&frame, &message.payload, now_ms) {
             Ok(applied) => self.follow_up(frame.header(), &applied, now_ms),
             Err(refused) => {
                 let reason = match refused {
@@ -112,31 +152,23 @@ impl Ingest {
     }
 
     fn follow_up(&mut self, header: &FrameHeader, applied: &Applied, now_ms: u64) {
-        let metrics = &self.metrics;
-        metrics.blocks_stored.inc_by(applied.stored as u64);
-        metrics.blocks_removed.inc_by(applied.removed as u64);
-        metrics.blocks_refused.inc_by(applied.refused_blocks as u64);
-        metrics.owners_refused.inc_by(applied.refused_owners as u64);
-        match applied.verdict {
-            Verdict::Apply => metrics.frames_applied.inc(),
-            Verdict::NewEpoch => {
-                metrics.epochs.inc();
-                metrics.frames_applied.inc()
+        self.metrics.count_applied(applied);
+        if applied.compared == Some(false) && applied.before != Some(SourceState::Syncing) {
+            self.metrics.divergences.inc();
+            if let Some(withheld) = self.log.diverged.admit(now_ms) {
+                tracing::warn!(
+                    scope = %header.scope,
+                    source = %header.source,
+                    epoch = header.epoch.0,
+                    seq = header.seq.0,
+                    withheld,
+                    "a source's blocks here are not what its publisher says; the difference is asked for"
+                );
             }
-            Verdict::Duplicate => metrics.frames_duplicate.inc(),
-            Verdict::StaleEpoch => metrics.frames_stale_epoch.inc(),
-            Verdict::Gap { .. } => metrics.frames_after_gap.inc(),
-            Verdict::NewEpochGap { .. } => {
-                metrics.epochs.inc();
-                metrics.frames_after_gap.inc()
-            }
-        };
-        let lost = SourceState::Degraded(DegradedReason::FramesLost);
-        if applied.after == lost && applied.before != Some(lost) {
-            metrics.gaps.inc();
         }
         if applied.before != Some(applied.after) {
-            tracing::info!(
+            // Every heartbeat that finds nothing wrong would be a line, and so would every gap of a lossy network.
+            tracing::debug!(
                 scope = %header.scope,
                 source = %header.source,
                 epoch = header.epoch.0,
@@ -146,36 +178,47 @@ impl Ingest {
                 "a source changed its state"
             );
         }
-        if applied.request_resync {
-            self.request_resync(header.source.clone(), now_ms);
-        }
     }
 
-    fn request_resync(&mut self, source: SourceId, now_ms: u64) {
-        let Err(error) = self.resync.try_send(source) else { return };
-        let (reason, source) = match error {
-            TrySendError::Full(source) => ("queue_full", source),
-            TrySendError::Closed(source) => ("stopping", source),
-        };
-        self.metrics.resync_failures.get_or_create(&ReasonLabel { reason }).inc();
-        if let Some(withheld) = self.log.resync.admit(now_ms) {
-            tracing::warn!(%source, reason, withheld, "a request for a source's full state was dropped");
+    /// Asks publishers what is due to be asked.
+    fn ask(&mut self) {
+        let now_ms = self.clock.now_ms();
+        for (source, request) in self.index.poll(now_ms) {
+            let Err(error) = self.requests.try_send((source, request)) else { continue };
+            let (reason, (source, _)) = match error {
+                TrySendError::Full(unsent) => ("queue_full", unsent),
+                TrySendError::Closed(unsent) => ("stopping", unsent),
+            };
+            self.metrics.request_failures.get_or_create(&ReasonLabel { reason }).inc();
+            if let Some(withheld) = self.log.requests.admit(now_ms) {
+                tracing::warn!(%source, reason, withheld, "a question to a publisher was dropped");
+            }
         }
     }
 }
 
-fn parse<'a>(subjects: &Subjects, message: &'a BusMessage) -> Result<FrameView<'a>, BadFrameError> {
-    let Ok(Subject::Events { scope, shard, source }) = subjects.parse(&message.subject) else {
-        return Err(BadFrameError::Subject);
+fn parse<'a>(
+    subjects: &Subjects,
+    message: &'a BusMessage,
+    origin: Origin,
+) -> Result<FrameView<'a>, BadFrameError> {
+    let (scope, source) = match (subjects.parse(&message.subject), origin) {
+        // A part has a sequence of its own: mixing parts would look like loss.
+        (Ok(Subject::Events { shard: Shard::Virtual(_), .. }), Origin::Events) => {
+            return Err(BadFrameError::Sharded);
+        }
+        (Ok(Subject::Events { scope, source, .. }), Origin::Events) => (Some(scope), source),
+        (Ok(Subject::Reply { source, .. }), Origin::Replies) => (None, source),
+        _ => return Err(BadFrameError::Subject),
     };
-    // A part has a sequence of its own: mixing parts would look like loss.
-    if shard != Shard::All {
-        return Err(BadFrameError::Sharded);
-    }
     let frame = FrameView::parse(&message.payload)?;
     let header = frame.header();
+    let answers = matches!(header.part, FramePart::Repair | FramePart::Unavailable);
+    if answers && origin == Origin::Events {
+        return Err(BadFrameError::Unasked);
+    }
     // Whoever may publish on one subject only must not be able to speak for another source or tenant.
-    if header.source != source || header.scope.token() != scope {
+    if header.source != source || scope.is_some_and(|scope| header.scope.token() != scope) {
         let (source_id, scope) = (header.source.clone(), header.scope.to_string());
         return Err(BadFrameError::Mismatch { source_id, scope });
     }
@@ -191,11 +234,12 @@ impl BadFrameError {
             Self::Subject => "subject",
             Self::Mismatch { .. } => "subject_mismatch",
             Self::Sharded => "sharded",
+            Self::Unasked => "unasked",
             Self::Frame(error) => match error {
-                ParseFrameError::Size(_) => "size",
-                ParseFrameError::Magic => "magic",
-                ParseFrameError::Version(_) => "version",
-                ParseFrameError::Checksum => "checksum",
+                ParseFrameError::Size(_) | ParseFrameError::Sealed(OpenError::Size { .. }) => "size",
+                ParseFrameError::Sealed(OpenError::Magic(_)) => "magic",
+                ParseFrameError::Sealed(OpenError::Version { .. }) => "version",
+                ParseFrameError::Sealed(OpenError::Checksum(_)) => "checksum",
                 ParseFrameError::Archive(_) => "archive",
                 ParseFrameError::Scope(_) => "scope",
                 ParseFrameError::Instance(_) => "instance",
@@ -206,38 +250,48 @@ impl BadFrameError {
     }
 }
 
-/// Sends the queued requests. Apart from the reader, because publishing may wait and reading must not.
-pub(crate) async fn send_resyncs(
+/// Sends the queued questions. Apart from the reader, because publishing may wait and reading must not.
+pub(crate) async fn send_requests(
     bus: Arc<dyn Bus>,
     subjects: Subjects,
+    asker: Asker,
     metrics: Arc<Metrics>,
     clock: Clock,
-    mut requests: mpsc::Receiver<SourceId>,
+    mut requests: mpsc::Receiver<(SourceId, Request)>,
     stop: CancellationToken,
 ) {
     let mut log = BurstLimiter::default();
     loop {
-        let source = tokio::select! {
+        let next = tokio::select! {
             biased;
             () = stop.cancelled() => return,
-            source = requests.recv() => source,
+            next = requests.recv() => next,
         };
-        let Some(source) = source else { return };
-        // The subject says all: an empty payload asks for the full state in a new epoch.
+        let Some((source, request)) = next else { return };
+        let kind = match request.want {
+            Want::Frames(_) => "frames",
+            Want::State(_) => "state",
+        };
+        let sent = async {
+            let payload = request.encode().map_err(|error| ("encoding", error.to_string()))?;
+            let (subject, reply) = (subjects.control(&source), Some(subjects.reply(&asker, &source)));
+            let message = BusMessage { subject, reply, payload: Bytes::from(payload) };
+            bus.send(message).await.map_err(|error| ("bus", error.to_string()))
+        };
         let sent = tokio::select! {
             biased;
             () = stop.cancelled() => return,
-            sent = bus.publish(subjects.control(&source), Bytes::new()) => sent,
+            sent = sent => sent,
         };
         match sent {
             Ok(()) => {
-                metrics.resync_requests.inc();
-                tracing::debug!(%source, "asked a source for its full state");
+                metrics.requests.get_or_create(&KindLabel { kind }).inc();
+                tracing::debug!(%source, kind, "asked a publisher");
             }
-            Err(error) => {
-                metrics.resync_failures.get_or_create(&ReasonLabel { reason: "bus" }).inc();
+            Err((reason, error)) => {
+                metrics.request_failures.get_or_create(&ReasonLabel { reason }).inc();
                 if let Some(withheld) = log.admit(clock.now_ms()) {
-                    tracing::warn!(%source, %error, withheld, "a source could not be asked for its full state");
+                    tracing::warn!(%source, kind, error, withheld, "a publisher could not be asked");
                 }
             }
         }
@@ -252,7 +306,7 @@ pub(crate) async fn end_leases(
     stop: CancellationToken,
 ) {
     let mut interval = tokio::time::interval(TICK);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
@@ -261,6 +315,7 @@ pub(crate) async fn end_leases(
         }
         for expired in index.tick(clock.now_ms()) {
             let reason = match expired.expiry {
+                Expiry::Silent => "silent",
                 Expiry::Gone => "gone",
                 Expiry::Dropped => "dropped",
             };

@@ -13,7 +13,9 @@
 mod answer;
 mod bits;
 mod burst;
+mod changes;
 mod clock;
+mod held;
 mod http;
 mod index;
 mod ingest;
@@ -25,6 +27,7 @@ mod request;
 mod scope_index;
 mod server;
 mod service;
+mod session;
 mod slots;
 pub mod sources;
 mod status;
@@ -41,14 +44,14 @@ pub use http::{HttpServer, ListenError};
 pub use index::{
     Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,
     DEFAULT_MAX_SOURCES_PER_SCOPE, DumpOwner, Expired, Index, IndexLimits, IndexTotals, LimitReached,
-    OwnerFilter, OwnerInfo, SourceInfo,
+    MAX_TRANSFERS, OwnerFilter, OwnerInfo, SourceInfo,
 };
 pub use query::{PromptInput, ScoreAnswer, ScoreQuery, ScoreRow};
 pub use request::{
     MAX_CANDIDATES, MAX_MULTIMODAL_ITEMS, MAX_PROMPT_BLOCKS, MAX_PROMPT_KEYS, MAX_PROMPT_TOKENS,
 };
 pub use server::{
-    DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
+    DISCOVERY, DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
     RunningIndexServer, StartError,
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};

@@ -1,5 +1,7 @@
 //! The server's metrics, as fields: registered once, counted where things happen.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -7,13 +9,25 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::index::IndexTotals;
-use crate::sources::{DegradedReason, SourceState};
+use crate::index::{Applied, IndexTotals};
+use crate::sources::{DegradedReason, SourceState, Verdict};
 
 /// Why something was dropped, refused or counted apart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ReasonLabel {
     pub(crate) reason: &'static str,
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct KindLabel {
+    pub(crate) kind: &'static str,
+}
+
+/// How something ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct ResultLabel {
+    result: &'static str,
 }
 
 /// A call and how it ended.
@@ -38,12 +52,17 @@ pub(crate) struct Metrics {
     pub(crate) frames_bad: Family<ReasonLabel, Counter>,
     pub(crate) frames_duplicate: Counter,
     pub(crate) frames_stale_epoch: Counter,
-    pub(crate) frames_after_gap: Counter,
+    frames_held: Counter,
+    frames_held_over: Counter,
     pub(crate) frames_refused: Family<ReasonLabel, Counter>,
     pub(crate) gaps: Counter,
     pub(crate) epochs: Counter,
-    pub(crate) resync_requests: Counter,
-    pub(crate) resync_failures: Family<ReasonLabel, Counter>,
+    pub(crate) requests: Family<KindLabel, Counter>,
+    pub(crate) request_failures: Family<ReasonLabel, Counter>,
+    pub(crate) reply_bytes: Counter,
+    comparisons: Family<ResultLabel, Counter>,
+    pub(crate) divergences: Counter,
+    transfers: Family<ResultLabel, Counter>,
     pub(crate) blocks_stored: Counter,
     pub(crate) blocks_removed: Counter,
     pub(crate) blocks_refused: Counter,
@@ -56,22 +75,12 @@ pub(crate) struct Metrics {
     distinct_blocks: Gauge,
     owners: Gauge,
     sources: Family<StateLabel, Gauge>,
+    verified_age: Gauge<f64, AtomicU64>,
 }
 
 /// Look-up times, seconds.
 #[derive(Clone, Debug)]
 pub(crate) struct LookupHistogram(pub(crate) Histogram);
-
-const ALL_STATES: [SourceState; 8] = [
-    SourceState::Syncing,
-    SourceState::Live,
-    SourceState::Degraded(DegradedReason::JoinedLate),
-    SourceState::Degraded(DegradedReason::EventsLost),
-    SourceState::Degraded(DegradedReason::Undecodable),
-    SourceState::Degraded(DegradedReason::OverLimit),
-    SourceState::Degraded(DegradedReason::FramesLost),
-    SourceState::Gone,
-];
 
 // === impl LookupHistogram ===
 
@@ -101,17 +110,23 @@ impl Metrics {
                 &self.frames_stale_epoch,
             ),
             (
-                "frames_after_gap",
-                "Event frames that were dropped because frames before them are missing, the first of each gap included.",
-                &self.frames_after_gap,
+                "frames_held",
+                "Event frames that were kept until frames before them were sent again, or the state was known.",
+                &self.frames_held,
             ),
             (
-                "gaps",
-                "Times a source went from complete to missing frames, or was first seen in that state.",
-                &self.gaps,
+                "frames_held_over",
+                "Event frames that were dropped because too many were kept already; they are asked for again.",
+                &self.frames_held_over,
             ),
+            ("gaps", "Times a source went from complete to missing frames.", &self.gaps),
             ("epochs", "Publisher lifetimes that started.", &self.epochs),
-            ("resync_requests", "Requests for a source's full state that were sent.", &self.resync_requests),
+            ("reply_bytes", "Bytes of publishers' answers.", &self.reply_bytes),
+            (
+                "divergences",
+                "Times a source that counted was found to differ from its publisher at the same sequence.",
+                &self.divergences,
+            ),
             ("blocks_stored", "Blocks that an owner did not hold before.", &self.blocks_stored),
             ("blocks_removed", "Blocks that an owner does not hold any more.", &self.blocks_removed),
             (
@@ -140,15 +155,30 @@ impl Metrics {
                 &self.frames_refused,
             ),
             (
-                "resync_failures",
-                "Requests for a source's full state that were not sent, by reason; the next gap asks again.",
-                &self.resync_failures,
+                "request_failures",
+                "Questions to publishers that were not sent, by reason; they are asked again.",
+                &self.request_failures,
             ),
             ("sources_expired", "Sources whose lease ended, or that were dropped.", &self.sources_expired),
         ];
         for (name, help, family) in by_reason {
             registry.register(name, help, family.clone());
         }
+        registry.register(
+            "requests",
+            "Questions that were sent to publishers: frames (lost ones again) or state (what differs from ours).",
+            self.requests.clone(),
+        );
+        registry.register(
+            "comparisons",
+            "Digests of a source that were compared with ours at the same sequence, by result.",
+            self.comparisons.clone(),
+        );
+        registry.register(
+            "transfers",
+            "Transfers of a source's state that were completed, by whether the digests were equal afterwards.",
+            self.transfers.clone(),
+        );
         registry.register("calls", "gRPC calls, and requests inside streams, by result.", self.calls.clone());
         registry.register_with_unit(
             "lookup",
@@ -165,6 +195,12 @@ impl Metrics {
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
         }
+        registry.register_with_unit(
+            "verified_age",
+            "Longest time since the digests of a source that counts were last equal; 0 if none counts, infinite if one was never compared.",
+            Unit::Seconds,
+            self.verified_age.clone(),
+        );
         registry.register("sources", "Sources (instance and rank) by state.", self.sources.clone());
     }
 
@@ -174,11 +210,40 @@ impl Metrics {
         self.blocks.set(totals.blocks as i64);
         self.distinct_blocks.set(totals.distinct_blocks as i64);
         self.owners.set(totals.owners as i64);
+        self.verified_age.set(totals.verified_age_ms.map_or(f64::INFINITY, |age| age as f64 / 1e3));
         // All of them, so that a state that nobody is in any more goes back to 0.
-        for state in ALL_STATES {
+        for state in SourceState::ALL {
             let label = StateLabel { state: state.name(), reason: state.degraded_reason() };
             let count = totals.sources.get(&state).copied().unwrap_or(0);
             self.sources.get_or_create(&label).set(count as i64);
+        }
+    }
+
+    /// Counts what became of a frame.
+    pub(crate) fn count_applied(&self, applied: &Applied) {
+        self.blocks_stored.inc_by(applied.stored as u64);
+        self.blocks_removed.inc_by(applied.removed as u64);
+        self.blocks_refused.inc_by(applied.refused_blocks as u64);
+        self.owners_refused.inc_by(applied.refused_owners as u64);
+        self.frames_applied.inc_by(applied.frames as u64);
+        match applied.verdict {
+            Some(Verdict::NewEpoch | Verdict::NewEpochHidden) => self.epochs.inc(),
+            Some(Verdict::Held) => self.frames_held.inc(),
+            Some(Verdict::HeldOver) => self.frames_held_over.inc(),
+            Some(Verdict::Duplicate) => self.frames_duplicate.inc(),
+            Some(Verdict::StaleEpoch) => self.frames_stale_epoch.inc(),
+            Some(Verdict::Apply) | None => 0,
+        };
+        let lost = SourceState::Degraded(DegradedReason::FramesLost);
+        if applied.has_gap && applied.before != Some(lost) {
+            self.gaps.inc();
+        }
+        let result = |equal| ResultLabel { result: if equal { "equal" } else { "unequal" } };
+        if let Some(equal) = applied.compared {
+            self.comparisons.get_or_create(&result(equal)).inc();
+        }
+        if let Some(equal) = applied.transferred {
+            self.transfers.get_or_create(&result(equal)).inc();
         }
     }
 

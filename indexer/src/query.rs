@@ -83,6 +83,9 @@ pub struct ScoreRow {
     pub rank: u32,
     /// `None` for a candidate that no event ever named.
     pub state: Option<SourceState>,
+    /// When digests were last equal, on the clock of the index's calls; `None` if they have not been since the content
+    /// was last in doubt.
+    pub verified_ms: Option<u64>,
     /// Tokens per block; 0 for an unknown candidate.
     pub block_size: u32,
     /// 0 to 1.
@@ -227,6 +230,7 @@ impl ScopeState {
                 instance: source.id.instance.as_str().to_owned(),
                 rank: source.id.rank.0,
                 state: Some(source.tracker.state()),
+                verified_ms: source.tracker.verified_ms(),
                 block_size,
                 score: matched.score(&query.weights, query.input.blocks(block_size)),
                 matched,

@@ -13,18 +13,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvatlas_proto::frame::{Change, FrameHeader, FrameOwner, FramePart, FrameView, MAX_FRAME_OWNERS};
+use bytes::Bytes;
+use kvatlas_proto::frame::{FrameHeader, FrameOwner, FrameView, MAX_FRAME_OWNERS};
 use kvatlas_proto::keys::KeyVariant;
+use kvatlas_proto::request::{Request, RequestId, Want};
 use kvatlas_proto::{BlockKey, CacheGroup, GroupKind, SourceId};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
+use crate::changes::{Retired, SourceChange, buckets_of, purge};
 use crate::matching::TierName;
+use crate::session::{OwnerName, Permits, Session};
 use crate::slots::Slots;
-use crate::sources::{Expiry, SourceState, SourceTracker, Verdict};
+use crate::sources::{Ask, Expiry, SourceState, SourceTracker, Verdict};
 use crate::table::{OwnerNo, Table};
-
-/// Keys after which a long change lets waiting queries through. At 100 to 200 ns a key that is below a millisecond.
-const SLICE_KEYS: usize = 4_096;
 
 /// What all scopes together may hold, and do.
 #[derive(Debug)]
@@ -81,14 +82,20 @@ pub(crate) struct OwnerEntry {
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Applied {
-    /// What the source's state machine said.
-    pub verdict: Verdict,
-    /// True if the source's publisher is to be asked for its full state now.
-    pub request_resync: bool,
+    /// What the source's state machine said; `None` for an answer about a state.
+    pub verdict: Option<Verdict>,
+    /// Frames that were applied: this one, and those that waited for it.
+    pub frames: usize,
     /// State before the frame; `None` for a source that was not known.
     pub before: Option<SourceState>,
     /// State after the frame.
     pub after: SourceState,
+    /// True if frames of the source are missing now.
+    pub has_gap: bool,
+    /// Whether digests were compared, and were equal.
+    pub compared: Option<bool>,
+    /// Whether a transfer of the state was completed, and led to equal digests.
+    pub transferred: Option<bool>,
     /// Blocks that an owner did not hold before.
     pub stored: usize,
     /// Blocks that an owner does not hold any more, cleared ones included.
@@ -97,10 +104,16 @@ pub struct Applied {
     pub refused_blocks: usize,
     /// Owners that were not taken in because a bound was reached.
     pub refused_owners: usize,
+    /// The source has to be looked at by [`crate::Index::poll`] from now on.
+    pub(crate) enqueue: bool,
 }
 
-/// Blocks of numbers that no owner has any more, still to be taken out of the table.
-type Retired = Vec<(OwnerNo, Vec<BlockKey>)>;
+/// What came of looking after a source.
+pub(crate) struct Looked {
+    pub(crate) request: Option<Request>,
+    /// It has to be looked after again.
+    pub(crate) again: bool,
+}
 
 // === impl Budget ===
 
@@ -117,10 +130,35 @@ impl Budget {
         self.owners.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn give_back_entries(&self, count: usize) {
+        self.entries.fetch_sub(count, Ordering::Relaxed);
+    }
+
     fn take(count: &AtomicUsize, bound: usize) -> bool {
         count
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < bound).then_some(now + 1))
             .is_ok()
+    }
+}
+
+// === impl Applied ===
+
+impl Applied {
+    fn new(before: Option<SourceState>) -> Self {
+        Self {
+            verdict: None,
+            frames: 0,
+            before,
+            after: before.unwrap_or(SourceState::Syncing),
+            has_gap: false,
+            compared: None,
+            transferred: None,
+            stored: 0,
+            removed: 0,
+            refused_blocks: 0,
+            refused_owners: 0,
+            enqueue: false,
+        }
     }
 }
 
@@ -131,44 +169,84 @@ impl ScopeIndex {
     pub(crate) fn apply(
         &self,
         frame: &FrameView<'_>,
+        bytes: &Bytes,
         now_ms: u64,
         max_sources: usize,
         budget: &Budget,
     ) -> Option<Applied> {
         let _writer = self.writer.lock();
         let mut state = self.state.write();
-        let header = frame.header();
-        let (no, before) = state.find_or_add_source(header, now_ms, max_sources)?;
-        let source = state.sources.get_mut(no.0)?;
-        let verdict = source.tracker.on_frame(header, now_ms);
-        let request_resync = matches!(verdict, Verdict::Gap { .. } | Verdict::NewEpochGap { .. })
-            && source.tracker.resync_due(now_ms);
-        let mut applied = Applied {
-            verdict,
-            request_resync,
-            before,
-            after: source.tracker.state(),
-            stored: 0,
-            removed: 0,
-            refused_blocks: 0,
-            refused_owners: 0,
-        };
-        let mut retired = Retired::new();
-        if matches!(verdict, Verdict::NewEpoch | Verdict::NewEpochGap { .. }) {
-            retired = state.retire_owners(no, budget);
-            applied.removed = retired.iter().map(|(_, keys)| keys.len()).sum();
-            state.set_variant(no, header.variant);
-        }
-        if matches!(verdict, Verdict::Apply | Verdict::NewEpoch) {
-            apply_operations(&mut state, no, frame, budget, &mut applied, &mut retired);
-            let source = state.sources.get_mut(no.0)?;
-            if applied.refused_blocks + applied.refused_owners > 0 {
-                source.tracker.on_over_limit();
+        let (no, before) = state.find_or_add_source(frame.header(), now_ms, max_sources)?;
+        let mut change = SourceChange::new(state, no, budget, now_ms, Applied::new(before));
+        change.take(frame, bytes);
+        Some(change.finish())
+    }
+
+    /// Takes an answer about a source's state. `None` if the source is not known.
+    pub(crate) fn take_answer(
+        &self,
+        frame: &FrameView<'_>,
+        bytes: &Bytes,
+        now_ms: u64,
+        budget: &Budget,
+    ) -> Option<Applied> {
+        let _writer = self.writer.lock();
+        let state = self.state.write();
+        let no = *state.ids.get(&frame.header().source)?;
+        let before = state.source(no).map(|source| source.tracker.state());
+        let mut change = SourceChange::new(state, no, budget, now_ms, Applied::new(before));
+        change.take_piece(frame, bytes);
+        Some(change.finish())
+    }
+
+    /// What is to be asked of a source's publisher now.
+    pub(crate) fn look_after(
+        &self,
+        source: &SourceId,
+        now_ms: u64,
+        budget: &Budget,
+        permits: &Permits,
+        id: RequestId,
+    ) -> Looked {
+        let none = |again| Looked { request: None, again };
+        let _writer = self.writer.lock();
+        let mut state = self.state.write();
+        let Some(no) = state.ids.get(source).copied() else { return none(false) };
+        let Some(entry) = state.source_mut(no) else { return none(false) };
+        let ask = entry.tracker.ask(now_ms);
+        entry.tracker.queued = entry.tracker.needs_help(now_ms);
+        let (again, epoch) = (entry.tracker.queued, entry.tracker.epoch());
+        let (Some(ask), Some(epoch)) = (ask, epoch) else { return none(again) };
+        let want = match ask {
+            Ask::Frames(ranges) => Want::Frames(ranges),
+            Ask::State => {
+                let before = Applied::new(Some(entry.tracker.state()));
+                let mut change = SourceChange::new(state, no, budget, now_ms, before);
+                // What an earlier question brought need not be asked for again.
+                change.apply_staged();
+                let Some(want) = self.ask_for_state(change, permits, id) else { return none(again) };
+                want
             }
-            applied.after = source.tracker.state();
-        }
+        };
+        Looked { request: Some(Request { id, epoch, want }), again }
+    }
+
+    fn ask_for_state(&self, change: SourceChange<'_>, permits: &Permits, id: RequestId) -> Option<Want> {
+        let SourceChange { mut state, no, now_ms, retired, .. } = change;
         purge(&mut state, retired);
-        Some(applied)
+        state.source_mut(no)?.tracker.end_session();
+        let permit = permits.take()?;
+        // Summing up a million blocks takes milliseconds, and queries only read. The writer's lock keeps the content.
+        let reading = RwLockWriteGuard::downgrade(state);
+        let owners = buckets_of(&reading, no);
+        drop(reading);
+        let bits = owners.iter().map(|owner| {
+            let name = OwnerName { tier: owner.tier, medium: owner.medium.clone(), group: owner.group };
+            (name, owner.buckets.bits())
+        });
+        let session = Session::new(id, bits.collect(), permit, now_ms);
+        self.state.write().source_mut(no)?.tracker.on_asked_for_state(session, now_ms);
+        Some(Want::State(owners))
     }
 
     /// Ends leases. Returns what happened to whom.
@@ -177,7 +255,11 @@ impl ScopeIndex {
         // Nothing expires in most ticks: look without disturbing queries. The writer lock keeps this true until below.
         let due: Vec<SourceNo> = {
             let state = self.state.read();
-            state.sources().filter(|(_, source)| source.tracker.expires(now_ms)).map(|(no, _)| no).collect()
+            state
+                .sources()
+                .filter(|(_, source)| source.tracker.expires(now_ms).is_some())
+                .map(|(no, _)| no)
+                .collect()
         };
         let mut expired = Vec::with_capacity(due.len());
         for no in due {
@@ -206,70 +288,6 @@ impl ScopeIndex {
         {
             entry.tracker.on_moved_away();
         }
-    }
-}
-
-fn apply_operations(
-    state: &mut RwLockWriteGuard<'_, ScopeState>,
-    no: SourceNo,
-    frame: &FrameView<'_>,
-    budget: &Budget,
-    applied: &mut Applied,
-    retired: &mut Retired,
-) {
-    let header = frame.header();
-    let mut owners: Vec<Option<OwnerNo>> =
-        header.owners.iter().map(|owner| state.find_or_add_owner(no, owner, budget)).collect();
-    applied.refused_owners = owners.iter().filter(|owner| owner.is_none()).count();
-    let in_pieces = header.part != FramePart::Live;
-    let mut since_pause = 0;
-    for op in frame.ops() {
-        let Some(owner) = owners[op.owner] else {
-            if let Change::Stored { keys, .. } = op.change {
-                applied.refused_blocks += keys.len();
-            }
-            continue;
-        };
-        match op.change {
-            Change::Stored { keys, .. } => {
-                for key in keys.iter() {
-                    match state.store(owner, key, budget) {
-                        Some(new) => applied.stored += usize::from(new),
-                        None => applied.refused_blocks += 1,
-                    }
-                    since_pause += 1;
-                    if in_pieces && since_pause >= SLICE_KEYS {
-                        since_pause = 0;
-                        RwLockWriteGuard::bump(state);
-                    }
-                }
-            }
-            Change::Removed(keys) => {
-                let removed = keys.iter().filter(|key| state.table.remove(owner, *key)).count();
-                budget.entries.fetch_sub(removed, Ordering::Relaxed);
-                applied.removed += removed;
-            }
-            Change::Cleared => {
-                if let Some((fresh, keys)) = state.empty_owner(owner, budget) {
-                    applied.removed += keys.len();
-                    retired.push((owner, keys));
-                    owners[op.owner] = Some(fresh);
-                }
-            }
-        }
-    }
-}
-
-/// Takes blocks of retired numbers out of the table, in slices.
-fn purge(state: &mut RwLockWriteGuard<'_, ScopeState>, retired: Retired) {
-    for (owner, keys) in retired {
-        for slice in keys.chunks(SLICE_KEYS) {
-            state.table.release(owner, slice);
-            if slice.len() == SLICE_KEYS {
-                RwLockWriteGuard::bump(state);
-            }
-        }
-        state.owners.recycle(owner.0);
     }
 }
 
@@ -311,7 +329,7 @@ impl ScopeState {
     }
 
     /// A source's keys are shaped anew only with an epoch: within one, old and new keys would not fit together.
-    fn set_variant(&mut self, no: SourceNo, variant: KeyVariant) {
+    pub(crate) fn set_variant(&mut self, no: SourceNo, variant: KeyVariant) {
         let Some(source) = self.sources.get_mut(no.0) else { return };
         let old = std::mem::replace(&mut source.variant, variant);
         *self.variants.entry(variant).or_default() += 1;
@@ -327,16 +345,26 @@ impl ScopeState {
         }
     }
 
-    /// `None` if a bound was reached.
-    fn find_or_add_owner(&mut self, no: SourceNo, owner: &FrameOwner, budget: &Budget) -> Option<OwnerNo> {
-        let source = self.sources.get(no.0)?;
-        let known = source.owners.iter().copied().find(|known| {
+    /// The source's owner of this name.
+    pub(crate) fn find_owner(&self, source: &SourceEntry, owner: &FrameOwner) -> Option<OwnerNo> {
+        source.owners.iter().copied().find(|known| {
             self.owners.get(known.0).is_some_and(|entry| {
                 entry.tier.tier() == owner.tier
                     && *entry.medium == *owner.medium
                     && entry.group == owner.group
             })
-        });
+        })
+    }
+
+    /// `None` if a bound was reached.
+    pub(crate) fn find_or_add_owner(
+        &mut self,
+        no: SourceNo,
+        owner: &FrameOwner,
+        budget: &Budget,
+    ) -> Option<OwnerNo> {
+        let source = self.sources.get(no.0)?;
+        let known = self.find_owner(source, owner);
         let full_before = self.lacks_full(no);
         let found = if let Some(known) = known {
             if let Some(entry) = self.owners.get_mut(known.0) {
@@ -367,11 +395,17 @@ impl ScopeState {
     }
 
     /// True if new, `None` if a bound was reached.
-    fn store(&mut self, owner: OwnerNo, key: BlockKey, budget: &Budget) -> Option<bool> {
+    pub(crate) fn store(
+        &mut self,
+        owner: OwnerNo,
+        parent: BlockKey,
+        key: BlockKey,
+        budget: &Budget,
+    ) -> Option<bool> {
         if !Budget::take(&budget.entries, budget.max_entries) {
             return self.table.holds(owner, key).then_some(false);
         }
-        let new = self.table.store(owner, key);
+        let new = self.table.store(owner, parent, key);
         if !new {
             budget.entries.fetch_sub(1, Ordering::Relaxed);
         }
@@ -379,7 +413,7 @@ impl ScopeState {
     }
 
     /// Empties an owner by giving it a new number. Returns that and the blocks of the old one, to be purged.
-    fn empty_owner(&mut self, old: OwnerNo, budget: &Budget) -> Option<(OwnerNo, Vec<BlockKey>)> {
+    pub(crate) fn empty_owner(&mut self, old: OwnerNo, budget: &Budget) -> Option<(OwnerNo, Vec<BlockKey>)> {
         let entry = self.owners.take(old.0)?;
         let source = entry.source;
         let fresh = OwnerNo(self.owners.insert(entry));
@@ -391,7 +425,7 @@ impl ScopeState {
     }
 
     /// Takes all owners away from a source. Their blocks count as gone and are to be purged.
-    fn retire_owners(&mut self, no: SourceNo, budget: &Budget) -> Retired {
+    pub(crate) fn retire_owners(&mut self, no: SourceNo, budget: &Budget) -> Retired {
         let full_before = self.lacks_full(no);
         let Some(source) = self.sources.get_mut(no.0) else { return Retired::new() };
         let numbers = std::mem::take(&mut source.owners);
@@ -445,6 +479,15 @@ impl ScopeState {
 
     pub(crate) fn source(&self, no: SourceNo) -> Option<&SourceEntry> {
         self.sources.get(no.0)
+    }
+
+    pub(crate) fn source_mut(&mut self, no: SourceNo) -> Option<&mut SourceEntry> {
+        self.sources.get_mut(no.0)
+    }
+
+    /// Allows the number of an owner that was emptied to be used again.
+    pub(crate) fn recycle_owner(&mut self, no: OwnerNo) {
+        self.owners.recycle(no.0);
     }
 
     pub(crate) fn owner(&self, no: OwnerNo) -> Option<&OwnerEntry> {

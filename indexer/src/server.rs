@@ -1,16 +1,19 @@
 //! The index server: wires the index to a bus, a gRPC port and an HTTP port. The handle is the lifetime: dropped, the
 //! server stops.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use kvatlas_bus::{Bus, SubscribeError};
 use kvatlas_proto::grpc::FILE_DESCRIPTOR_SET;
 use kvatlas_proto::grpc::atlas_server::AtlasServer;
 use kvatlas_proto::keys::KeySeed;
-use kvatlas_proto::subject::Subjects;
+use kvatlas_proto::subject::{Asker, Subjects};
 use prometheus_client::registry::Registry;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +27,7 @@ use tonic_health::server::HealthReporter;
 use crate::clock::Clock;
 use crate::http::{self, HttpState, ListenError, listen};
 use crate::index::{Index, IndexLimits};
-use crate::ingest::{Ingest, IngestLog, RESYNC_QUEUE, end_leases, send_resyncs};
+use crate::ingest::{Ingest, IngestLog, REQUEST_QUEUE, end_leases, send_requests};
 use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::request::MAX_PROMPT_TOKENS;
@@ -45,6 +48,12 @@ const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 /// Time that open calls have to end at a shutdown. Below the 5 s after which supervisors commonly lose patience.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
+/// Time that publishers on a broker usually need to show themselves, with room: they answer at once when asked.
+pub const DISCOVERY: Duration = Duration::from_millis(500);
+/// Longest time that answers count as incomplete after the start. Who could not be found out by then does not count.
+const DISCOVERY_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether all publishers are found out.
+const DISCOVERY_POLL: Duration = Duration::from_millis(20);
 
 /// How an index server is to run.
 #[derive(Clone, Debug)]
@@ -61,6 +70,9 @@ pub struct IndexServerConfig {
     pub key_seed: KeySeed,
     /// Weight of a block per tier, for requests that name none.
     pub weights: TierWeights,
+    /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
+    /// start after the server, in the same process.
+    pub discovery: Duration,
 }
 
 /// Starts index servers.
@@ -110,6 +122,7 @@ impl IndexServerConfig {
             limits: IndexLimits::default(),
             key_seed: KeySeed::PUBLISHED,
             weights: TierWeights::default(),
+            discovery: Duration::ZERO,
         }
     }
 }
@@ -135,44 +148,60 @@ impl IndexServer {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         let (reflection_v1, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-        let filter = config.subjects.all_events();
-        let subscription = bus.subscribe(filter.clone()).await.map_err(|source| StartError::Subscribe {
-            filter,
-            bus: bus.describe(),
-            source,
-        })?;
+        let asker = asker();
+        let subscribe = async |filter: String| {
+            bus.subscribe(filter.clone()).await.map_err(|source| StartError::Subscribe {
+                filter,
+                bus: bus.describe(),
+                source,
+            })
+        };
+        let events = subscribe(config.subjects.all_events()).await?;
+        let replies = subscribe(config.subjects.all_replies(&asker)).await?;
 
         let index = Arc::new(Index::new(config.limits, config.key_seed));
         let metrics = Arc::new(Metrics::default());
         let (clock, stop) = (Clock::start(), CancellationToken::new());
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_service_status(SERVICE_NAME, ServingStatus::Serving).await;
-        let (ready_sender, ready) = watch::channel(true);
+        let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
+        let ready = readiness.ready.subscribe();
+        readiness.set(config.discovery.is_zero()).await;
         let mut tasks = JoinSet::new();
 
-        let (resync, requests) = mpsc::channel(RESYNC_QUEUE);
+        let (requests_in, requests) = mpsc::channel(REQUEST_QUEUE);
         let ingest = Ingest {
             index: Arc::clone(&index),
             subjects: config.subjects.clone(),
             metrics: Arc::clone(&metrics),
             clock,
-            resync,
+            requests: requests_in,
             log: IngestLog::default(),
         };
-        let (on_closed, stop_ingest) = (health.clone(), stop.clone());
-        tasks.spawn(async move {
-            if ingest.run(subscription, stop_ingest).await {
+        let (on_closed, stop_ingest, runtime) = (readiness.clone(), stop.clone(), Handle::current());
+        // A thread of its own: a large change keeps it busy for a while, and queries shall not wait for that, nor it for
+        // them.
+        tasks.spawn_blocking(move || {
+            if runtime.block_on(ingest.run(events, replies, stop_ingest)) {
                 return;
             }
             tracing::error!(
                 "the event bus is closed for good: answers go stale, so this server is not ready any more"
             );
-            ready_sender.send_replace(false);
-            for name in ["", SERVICE_NAME] {
-                on_closed.set_service_status(name, ServingStatus::NotServing).await;
-            }
+            runtime.block_on(on_closed.set(false));
         });
-        tasks.spawn(send_resyncs(bus, config.subjects, Arc::clone(&metrics), clock, requests, stop.clone()));
+        tasks.spawn(send_requests(
+            Arc::clone(&bus),
+            config.subjects.clone(),
+            asker,
+            Arc::clone(&metrics),
+            clock,
+            requests,
+            stop.clone(),
+        ));
+        if !config.discovery.is_zero() {
+            let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery };
+            tasks.spawn(discovery.run(bus, config.subjects, readiness, stop.clone()));
+        }
         tasks.spawn(end_leases(Arc::clone(&index), Arc::clone(&metrics), clock, stop.clone()));
 
         let http_addr = http.as_ref().map(|(_, address)| *address);
@@ -181,13 +210,14 @@ impl IndexServer {
             let (totals_of, totals_to) = (Arc::clone(&index), Arc::clone(&metrics));
             let state = HttpState {
                 registry: Arc::new(registry),
-                refresh: Arc::new(move || totals_to.set_totals(&totals_of.totals())),
-                ready,
+                refresh: Arc::new(move || totals_to.set_totals(&totals_of.totals(clock.now_ms()))),
+                ready: ready.clone(),
             };
             tasks.spawn(http::serve(listener, state, stop.clone()));
         }
 
-        let service = AtlasService::new(Arc::clone(&index), config.weights, metrics, clock, stop.clone());
+        let service =
+            AtlasService::new(Arc::clone(&index), config.weights, metrics, clock, ready, stop.clone());
         let atlas = AtlasServer::new(service)
             .max_decoding_message_size(MAX_REQUEST_BYTES)
             .accept_compressed(CompressionEncoding::Gzip);
@@ -210,6 +240,70 @@ impl IndexServer {
         });
         tracing::info!(%grpc_addr, ?http_addr, "the index server runs");
         Ok(RunningIndexServer { grpc_addr, http_addr, index, health, stop, tasks })
+    }
+}
+
+/// A name for this life of the server, so that answers to an earlier one do not reach it.
+fn asker() -> Asker {
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    // Seeded anew in each process, which tells apart servers that start at the same moment.
+    let salt = RandomState::new().hash_one(std::process::id());
+    Asker::new(format!("{started:x}-{salt:x}")).expect("hexadecimal digits and a dash")
+}
+
+/// Says to everybody who asks whether answers can be relied on.
+#[derive(Clone)]
+struct Readiness {
+    ready: watch::Sender<bool>,
+    health: HealthReporter,
+}
+
+/// Finds out who publishes before the server calls itself ready.
+struct Discovery {
+    index: Arc<Index>,
+    clock: Clock,
+    wait: Duration,
+}
+
+// === impl Readiness ===
+
+impl Readiness {
+    async fn set(&self, ready: bool) {
+        self.ready.send_replace(ready);
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for name in ["", SERVICE_NAME] {
+            self.health.set_service_status(name, status).await;
+        }
+    }
+}
+
+// === impl Discovery ===
+
+impl Discovery {
+    async fn run(self, bus: Arc<dyn Bus>, subjects: Subjects, readiness: Readiness, stop: CancellationToken) {
+        let found_out = async {
+            // Twice, for the first can be lost.
+            for _ in 0..2 {
+                if let Err(error) = bus.publish(subjects.hello(), Bytes::new()).await {
+                    tracing::warn!(%error, "publishers could not be asked to show themselves; their heartbeats will");
+                }
+                tokio::time::sleep(self.wait / 2).await;
+            }
+            while self.index.is_finding_out(self.clock.now_ms()) {
+                tokio::time::sleep(DISCOVERY_POLL).await;
+            }
+        };
+        let found_out = tokio::time::timeout(DISCOVERY_MAX, found_out);
+        let in_time = tokio::select! {
+            () = stop.cancelled() => return,
+            in_time = found_out => in_time.is_ok(),
+        };
+        let totals = self.index.totals(self.clock.now_ms());
+        tracing::info!(
+            after_ms = self.clock.now_ms(), in_time, blocks = totals.blocks, sources = ?totals.sources,
+            "publishers are found out: answers count as complete from now on"
+        );
+        readiness.set(true).await;
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use futures_util::stream::{self, Stream};
 use kvatlas_proto::grpc as pb;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
@@ -37,6 +37,7 @@ pub(crate) struct AtlasService {
     weights: TierWeights,
     metrics: Arc<Metrics>,
     clock: Clock,
+    ready: watch::Receiver<bool>,
     stop: CancellationToken,
     score_streams: Arc<Semaphore>,
     dumps: Arc<Semaphore>,
@@ -67,6 +68,7 @@ impl AtlasService {
         weights: TierWeights,
         metrics: Arc<Metrics>,
         clock: Clock,
+        ready: watch::Receiver<bool>,
         stop: CancellationToken,
     ) -> Self {
         Self {
@@ -74,6 +76,7 @@ impl AtlasService {
             weights,
             metrics,
             clock,
+            ready,
             stop,
             score_streams: Arc::new(Semaphore::new(MAX_OPEN_SCORE_STREAMS)),
             dumps: Arc::new(Semaphore::new(MAX_OPEN_DUMPS)),
@@ -87,7 +90,8 @@ impl AtlasService {
         let elapsed = start.elapsed();
         self.metrics.lookup.0.observe(elapsed.as_secs_f64());
         let lookup_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
-        Ok(answer::score_response(request.request_id, answer, lookup_ns))
+        let (now_ms, ready) = (self.clock.now_ms(), *self.ready.borrow());
+        Ok(answer::score_response(request.request_id, answer, lookup_ns, now_ms, ready))
     }
 
     /// Counts how a call ended.

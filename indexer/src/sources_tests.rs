@@ -1,34 +1,28 @@
-use kvatlas_proto::frame::FrameHeader;
-use kvatlas_proto::keys::KeyVariant;
-use kvatlas_proto::{DpRank, InstanceId, Scope, SourceId};
+use kvatlas_proto::frame::OpBuffer;
+use kvatlas_proto::{Digest, GroupKind, Tier};
 
 use super::*;
+use crate::frames::{Publisher, owner};
 
-/// A story about one source: each step is a frame or a tick, with what must come of it.
+const LIVE: SourceState = SourceState::Live;
+const LOST: SourceState = SourceState::Degraded(DegradedReason::FramesLost);
+
+fn frame(epoch: u64, seq: u64) -> FrameHeader {
+    let mut header = Publisher::new("m", "a:1").header;
+    (header.epoch, header.seq) = (Epoch(epoch), FrameSeq(seq));
+    header
+}
+
+fn beat(epoch: u64, seq: u64) -> FrameHeader {
+    let owners = vec![owner(Tier::Gpu, 0, GroupKind::Full)];
+    FrameHeader { owners, digests: vec![Digest::default()], ..frame(epoch, seq) }
+}
+
+/// A tracker and a clock, with expectations as a script.
 struct Story {
     tracker: SourceTracker,
     now_ms: u64,
 }
-
-fn frame(epoch: u64, seq: u64) -> FrameHeader {
-    FrameHeader {
-        scope: Scope::new("m", "", 16, 1).unwrap(),
-        source: SourceId { instance: InstanceId::new("a:1").unwrap(), rank: DpRank(0) },
-        variant: KeyVariant::default(),
-        epoch: Epoch(epoch),
-        seq: FrameSeq(seq),
-        part: FramePart::Live,
-        health: SourceHealth::Exact,
-        engine_time_ns: 0,
-        owners: vec![],
-    }
-}
-
-fn gap(expected: u64, got: u64) -> Verdict {
-    Verdict::Gap { expected: FrameSeq(expected), got: FrameSeq(got) }
-}
-
-const LOST: SourceState = SourceState::Degraded(DegradedReason::FramesLost);
 
 impl Story {
     fn new() -> Self {
@@ -40,14 +34,25 @@ impl Story {
     }
 
     fn any_frame(&mut self, header: &FrameHeader, verdict: Verdict, state: SourceState) -> &mut Self {
-        assert_eq!(self.tracker.on_frame(header, self.now_ms), verdict, "{header:?}");
-        assert_eq!(self.tracker.state(), state, "{header:?}");
+        let bytes = Bytes::from(header.encode(&mut OpBuffer::default()).unwrap());
+        assert_eq!(self.tracker.on_frame(header, &bytes, self.now_ms), verdict);
+        assert_eq!(self.tracker.state(), state);
+        self
+    }
+
+    /// A frame with digests, which are compared.
+    fn beat(&mut self, epoch: u64, seq: u64, equal: bool, state: SourceState) -> &mut Self {
+        let header = beat(epoch, seq);
+        let bytes = Bytes::from(header.encode(&mut OpBuffer::default()).unwrap());
+        self.tracker.on_frame(&header, &bytes, self.now_ms);
+        assert!(self.tracker.compares(&header));
+        self.tracker.on_compared(&header, equal, self.now_ms);
+        assert_eq!(self.tracker.state(), state);
         self
     }
 
     fn wait(&mut self, ms: u64, expiry: Option<Expiry>) -> &mut Self {
         self.now_ms += ms;
-        assert_eq!(self.tracker.expires(self.now_ms), expiry.is_some());
         assert_eq!(self.tracker.on_tick(self.now_ms), expiry);
         self
     }
@@ -55,149 +60,184 @@ impl Story {
 
 #[test]
 fn frames_in_order_are_applied() {
-    let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live).frame(5, 1, Verdict::Apply, SourceState::Live);
-    assert_eq!(story.tracker.applied_seq(), Some(FrameSeq(1)));
-    assert_eq!(story.tracker.epoch(), Some(Epoch(5)));
+    Story::new()
+        .frame(1, 0, Verdict::NewEpoch, LIVE)
+        .frame(1, 1, Verdict::Apply, LIVE)
+        .beat(1, 2, true, SourceState::Verified)
+        .frame(1, 3, Verdict::Apply, SourceState::Verified);
 }
 
 #[test]
-fn a_source_first_seen_in_the_middle_of_an_epoch_has_a_gap() {
+fn a_source_first_heard_in_the_middle_does_not_count() {
     let mut story = Story::new();
-    story.frame(5, 3, gap(0, 3), LOST).frame(5, 4, gap(0, 4), LOST);
-    assert_eq!(story.tracker.applied_seq(), None);
-    story.frame(6, 0, Verdict::NewEpoch, SourceState::Live);
+    story.frame(1, 5, Verdict::NewEpochHidden, SourceState::Syncing);
+    assert!(!story.tracker.counts());
+    assert_eq!(story.tracker.ask(0), Some(Ask::State));
+    story.beat(1, 6, true, SourceState::Verified);
+    assert!(story.tracker.counts());
 }
 
 #[test]
-fn a_snapshot_is_syncing_until_its_end_also_with_changes_in_between() {
-    let part = |seq, part| FrameHeader { part, ..frame(5, seq) };
+fn a_jump_is_a_gap_until_the_missing_frames_are_there_in_any_order() {
     let mut story = Story::new();
     story
-        .any_frame(&part(0, FramePart::Snapshot), Verdict::NewEpoch, SourceState::Syncing)
-        .any_frame(&part(1, FramePart::Live), Verdict::Apply, SourceState::Syncing)
-        .any_frame(&part(2, FramePart::Snapshot), Verdict::Apply, SourceState::Syncing)
-        .any_frame(&part(3, FramePart::SnapshotEnd), Verdict::Apply, SourceState::Live);
+        .frame(1, 0, Verdict::NewEpoch, LIVE)
+        .frame(1, 4, Verdict::Held, LOST)
+        .frame(1, 2, Verdict::Held, LOST)
+        .frame(1, 1, Verdict::Apply, LOST);
+    let seq = |bytes: Option<Bytes>| {
+        let bytes = bytes?;
+        Some(kvatlas_proto::frame::FrameView::parse(&bytes).unwrap().header().seq.0)
+    };
+    assert_eq!(seq(story.tracker.next_held()), Some(2));
+    story.frame(1, 2, Verdict::Apply, LOST);
+    assert_eq!(seq(story.tracker.next_held()), None);
+    story.frame(1, 3, Verdict::Apply, LOST);
+    assert_eq!(seq(story.tracker.next_held()), Some(4));
+    story.frame(1, 4, Verdict::Apply, LIVE);
 }
 
 #[test]
-fn a_jump_loses_the_epoch_and_a_new_one_heals_it() {
-    Story::new()
-        .frame(5, 0, Verdict::NewEpoch, SourceState::Live)
-        .frame(5, 2, gap(1, 2), LOST)
-        // The missing frame arrives late: those after it were dropped, so it does not help.
-        .frame(5, 1, gap(1, 1), LOST)
-        .frame(6, 0, Verdict::NewEpoch, SourceState::Live);
-}
-
-#[test]
-fn a_snapshot_with_a_hole_is_lost() {
+fn a_difference_holds_later_frames_back_until_the_content_is_proved() {
+    let diverged = SourceState::Degraded(DegradedReason::Diverged);
     let mut story = Story::new();
-    let snapshot = FrameHeader { part: FramePart::Snapshot, ..frame(5, 0) };
-    story.any_frame(&snapshot, Verdict::NewEpoch, SourceState::Syncing).frame(5, 2, gap(1, 2), LOST);
+    story.frame(1, 0, Verdict::NewEpoch, LIVE).beat(1, 1, false, diverged).frame(
+        1,
+        2,
+        Verdict::Held,
+        diverged,
+    );
+    assert!(story.tracker.counts());
+    assert_eq!(story.tracker.ask(0), Some(Ask::State));
+    story.beat(1, 3, true, SourceState::Verified);
+    assert_eq!(story.tracker.applied_seq(), Some(FrameSeq(3)));
 }
 
 #[test]
-fn a_new_epoch_whose_start_was_missed_voids_what_came_before() {
+fn a_new_epoch_voids_what_came_before_also_when_its_start_was_missed() {
     Story::new()
-        .frame(5, 0, Verdict::NewEpoch, SourceState::Live)
-        .frame(6, 3, Verdict::NewEpochGap { got: FrameSeq(3) }, LOST)
-        .frame(6, 4, gap(0, 4), LOST);
+        .frame(1, 0, Verdict::NewEpoch, LIVE)
+        .frame(2, 3, Verdict::NewEpochHidden, SourceState::Syncing)
+        .frame(1, 1, Verdict::StaleEpoch, SourceState::Syncing)
+        .frame(3, 0, Verdict::NewEpoch, LIVE);
 }
 
 #[test]
 fn repeated_frames_are_dropped_and_are_no_sign_of_life() {
-    let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live).wait(LEASE_MS, None);
-    story.frame(5, 0, Verdict::Duplicate, SourceState::Live).wait(1, Some(Expiry::Gone));
-    story.frame(5, 0, Verdict::Duplicate, SourceState::Gone);
+    Story::new()
+        .frame(1, 0, Verdict::NewEpoch, LIVE)
+        .frame(1, 1, Verdict::Apply, LIVE)
+        .wait(LEASE_MS - 1_000, Some(Expiry::Silent))
+        .frame(1, 1, Verdict::Duplicate, SourceState::Degraded(DegradedReason::Silent))
+        .wait(1_001, Some(Expiry::Gone));
 }
 
 #[test]
 fn an_older_epoch_is_ignored_while_the_current_one_lives() {
-    let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live).wait(LEASE_MS, None);
-    story.frame(4, 0, Verdict::StaleEpoch, SourceState::Live);
-    // It kept nothing alive, and wins once the current epoch is silent for longer than its lease.
-    story.wait(1, Some(Expiry::Gone)).frame(4, 0, Verdict::NewEpoch, SourceState::Live);
-    assert_eq!(story.tracker.epoch(), Some(Epoch(4)));
+    Story::new()
+        .frame(5, 0, Verdict::NewEpoch, LIVE)
+        .wait(LEASE_MS, Some(Expiry::Silent))
+        .frame(4, 0, Verdict::StaleEpoch, SourceState::Degraded(DegradedReason::Silent))
+        .wait(1, Some(Expiry::Gone))
+        .frame(4, 0, Verdict::NewEpoch, LIVE);
 }
 
 #[test]
-fn a_gone_source_is_revived_by_the_next_frame_in_sequence_only() {
-    let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live).wait(LEASE_MS + 1, Some(Expiry::Gone));
-    story.wait(1, None).frame(5, 1, Verdict::Apply, SourceState::Live);
-    story.wait(LEASE_MS + 1, Some(Expiry::Gone)).frame(5, 3, gap(2, 3), SourceState::Gone);
-    story.frame(6, 0, Verdict::NewEpoch, SourceState::Live);
+fn silence_is_marked_then_gone_then_dropped() {
+    Story::new()
+        .frame(1, 0, Verdict::NewEpoch, LIVE)
+        .wait(STALE_MS, None)
+        .wait(1, Some(Expiry::Silent))
+        .frame(1, 1, Verdict::Apply, LIVE)
+        .wait(STALE_MS + 1, Some(Expiry::Silent))
+        .wait(LEASE_MS - STALE_MS, Some(Expiry::Gone))
+        .wait(FORGET_MS - LEASE_MS - 1, None)
+        .wait(1, Some(Expiry::Dropped));
 }
 
 #[test]
-fn a_gone_source_is_dropped_after_a_minute_of_silence() {
+fn a_gone_source_is_revived_by_the_next_frame_in_sequence_or_a_proof_only() {
     let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live).wait(LEASE_MS + 1, Some(Expiry::Gone));
-    story.wait(FORGET_MS - LEASE_MS - 1, None).wait(1, Some(Expiry::Dropped));
+    story.frame(1, 0, Verdict::NewEpoch, LIVE).wait(LEASE_MS + 1, Some(Expiry::Gone));
+    story.frame(1, 1, Verdict::Apply, LIVE);
+    story.wait(LEASE_MS + 1, Some(Expiry::Gone));
+    story.frame(1, 5, Verdict::Held, SourceState::Gone);
+    assert!(story.tracker.needs_help(story.now_ms), "it lives, so it can be asked");
+    story.frame(1, 2, Verdict::Apply, LOST);
 }
 
 #[test]
-fn a_lost_source_that_falls_silent_is_gone() {
+fn a_silent_publisher_is_not_asked() {
     let mut story = Story::new();
-    story.frame(5, 7, gap(0, 7), LOST).wait(LEASE_MS + 1, Some(Expiry::Gone));
-    assert!(!story.tracker.counts());
+    story.frame(1, 5, Verdict::NewEpochHidden, SourceState::Syncing);
+    assert!(story.tracker.needs_help(LEASE_MS));
+    assert!(!story.tracker.needs_help(LEASE_MS + 1));
+}
+
+#[test]
+fn a_restored_source_counts_and_is_asked_only_once_it_was_heard() {
+    let mut story = Story { tracker: SourceTracker::restored(Epoch(3), 0), now_ms: 0 };
+    assert_eq!((story.tracker.state(), story.tracker.counts()), (SourceState::Syncing, false));
+    assert!(!story.tracker.needs_help(0));
+    story.frame(3, 70, Verdict::Held, SourceState::Syncing);
+    assert_eq!(story.tracker.ask(0), Some(Ask::State));
+    story.beat(3, 71, true, SourceState::Verified);
 }
 
 #[test]
 fn a_source_that_moved_away_is_gone_until_it_speaks_here_again() {
     let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live);
+    story.frame(1, 0, Verdict::NewEpoch, LIVE);
     story.tracker.on_moved_away();
     assert_eq!(story.tracker.state(), SourceState::Gone);
-    story.frame(5, 1, Verdict::Apply, SourceState::Live);
+    story.frame(1, 1, Verdict::Apply, LIVE);
 }
 
 #[test]
-fn what_the_publisher_says_about_itself_is_the_reason() {
-    let mut story = Story::new();
+fn what_the_publisher_says_about_itself_is_the_reason_even_if_digests_are_equal() {
+    let says = |health, seq| FrameHeader { health, ..beat(1, seq) };
     let reasons = [
-        (SourceHealth::JoinedLate, "joined_late"),
-        (SourceHealth::EventsLost, "events_lost"),
-        (SourceHealth::Undecodable, "undecodable"),
-        (SourceHealth::OverLimit, "over_limit"),
+        (SourceHealth::JoinedLate, DegradedReason::JoinedLate),
+        (SourceHealth::EventsLost, DegradedReason::EventsLost),
+        (SourceHealth::Undecodable, DegradedReason::Undecodable),
+        (SourceHealth::OverLimit, DegradedReason::OverLimit),
     ];
-    for (seq, (health, name)) in reasons.into_iter().enumerate() {
-        story.tracker.on_frame(&FrameHeader { health, ..frame(5, seq as u64) }, 0);
-        assert_eq!(story.tracker.state().degraded_reason(), name);
+    let mut story = Story::new();
+    story.frame(1, 0, Verdict::NewEpoch, LIVE);
+    for (seq, (health, reason)) in (1..).zip(reasons) {
+        let header = says(health, seq);
+        story.any_frame(&header, Verdict::Apply, SourceState::Degraded(reason));
+        story.tracker.on_compared(&header, true, 0);
+        assert_eq!(story.tracker.state(), SourceState::Degraded(reason));
     }
-    story.frame(5, 4, Verdict::Apply, SourceState::Live).frame(5, 6, gap(5, 6), LOST);
-    assert_eq!(story.tracker.state().degraded_reason(), "frames_lost");
+    story.frame(1, 5, Verdict::Apply, SourceState::Verified);
 }
 
 #[test]
-fn a_bound_of_the_index_marks_the_source_until_its_next_epoch() {
-    let mut story = Story::new();
-    story.frame(5, 0, Verdict::NewEpoch, SourceState::Live);
-    story.tracker.on_over_limit();
+fn a_bound_of_the_index_marks_the_source_until_its_next_epoch_and_ends_comparisons() {
     let over = SourceState::Degraded(DegradedReason::OverLimit);
-    story.frame(5, 1, Verdict::Apply, over).frame(6, 0, Verdict::NewEpoch, SourceState::Live);
-}
-
-#[test]
-fn resync_requests_start_at_once_and_slow_down() {
-    let mut tracker = SourceTracker::new(0);
-    let asked: Vec<u64> = (0..200_000).step_by(250).filter(|now| tracker.resync_due(*now)).collect();
-    assert_eq!(asked[..7], [0, 1_000, 3_000, 7_000, 15_000, 31_000, 61_000]);
-    assert!(asked[6..].windows(2).all(|pair| pair[1] - pair[0] == RESYNC_MAX_MS));
-}
-
-#[test]
-fn a_new_epoch_ends_the_slow_down_but_not_the_rate_limit() {
     let mut story = Story::new();
-    story.frame(5, 1, gap(0, 1), LOST);
-    for now in [0, 1_000, 3_000, 7_000] {
-        assert!(story.tracker.resync_due(now));
+    story.frame(1, 0, Verdict::NewEpoch, LIVE);
+    story.tracker.on_over_limit();
+    story.frame(1, 1, Verdict::Apply, over);
+    assert!(!story.tracker.compares(&beat(1, 1)));
+    story.frame(2, 0, Verdict::NewEpoch, LIVE);
+}
+
+#[test]
+fn questions_about_a_state_slow_down_while_nothing_comes() {
+    let mut story = Story::new();
+    story.frame(1, 5, Verdict::NewEpochHidden, SourceState::Syncing);
+    let mut asked = Vec::new();
+    let permits = crate::session::Permits::new(1);
+    for now_ms in (0..LEASE_MS).step_by(10) {
+        if story.tracker.ask(now_ms) == Some(Ask::State) {
+            asked.push(now_ms);
+            story.tracker.end_session();
+            let permit = permits.take().unwrap();
+            let session = Session::new(kvatlas_proto::request::RequestId(1), vec![], permit, now_ms);
+            story.tracker.on_asked_for_state(session, now_ms);
+        }
     }
-    story.now_ms = 7_100;
-    story.frame(6, 0, Verdict::NewEpoch, SourceState::Live);
-    assert!(!story.tracker.resync_due(7_200));
-    assert!(story.tracker.resync_due(8_000));
+    assert_eq!(asked, [0, 500, 1_500, 3_500, 7_500]);
 }

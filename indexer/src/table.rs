@@ -3,12 +3,15 @@
 //! Both directions are kept: from a key to its holders (what a query walks) and from an owner to its keys (what makes
 //! clearing an owner cost its own blocks, not everybody's). The price is that each entry is stored twice.
 //!
+//! Beside each owner's keys its [`Digest`] is kept, so that it can be compared with the publisher's at any moment, and
+//! beside each key its parent's, so that the table can be written down and told to somebody else.
+//!
 //! The table knows no sources, tiers or time; an owner is a number here. It has no bound of its own: [`crate::Index`]
 //! asks before it stores.
 
 use foldhash::fast::RandomState;
 use hashbrown::{HashMap, HashSet};
-use kvatlas_proto::BlockKey;
+use kvatlas_proto::{BlockKey, Digest};
 use smallvec::SmallVec;
 
 /// Number of an owner inside one table. Given out by the table's user, dense from 0, reused after the owner was
@@ -20,12 +23,26 @@ pub struct OwnerNo(pub u32);
 type Holders = SmallVec<[OwnerNo; 4]>;
 type KeySet = HashSet<BlockKey, RandomState>;
 
+/// A key that somebody holds.
+#[derive(Debug)]
+struct Block {
+    parent: BlockKey,
+    holders: Holders,
+}
+
+/// What one owner holds.
+#[derive(Debug, Default)]
+struct Owned {
+    keys: KeySet,
+    digest: Digest,
+}
+
 /// `key -> holders` and `owner -> keys`, always in agreement.
 #[derive(Debug, Default)]
 pub struct Table {
-    holders: HashMap<BlockKey, Holders, RandomState>,
+    blocks: HashMap<BlockKey, Block, RandomState>,
     /// By owner number; an owner that holds nothing has an empty set or none.
-    owned: Vec<KeySet>,
+    owned: Vec<Owned>,
     /// Number of (owner, key) pairs.
     entries: usize,
 }
@@ -33,19 +50,21 @@ pub struct Table {
 // === impl Table ===
 
 impl Table {
-    /// `owner` holds `key` from now on. False if it did already.
-    pub fn store(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
+    /// `owner` holds `key`, which follows `parent`, from now on. False if it did already.
+    pub fn store(&mut self, owner: OwnerNo, parent: BlockKey, key: BlockKey) -> bool {
         let at = owner.0 as usize;
         if at >= self.owned.len() {
-            self.owned.resize_with(at + 1, KeySet::default);
+            self.owned.resize_with(at + 1, Owned::default);
         }
-        if !self.owned[at].insert(key) {
+        let owned = &mut self.owned[at];
+        if !owned.keys.insert(key) {
             return false;
         }
-        let holders = self.holders.entry(key).or_default();
-        match holders.binary_search(&owner) {
+        owned.digest.add(key);
+        let block = self.blocks.entry(key).or_insert_with(|| Block { parent, holders: Holders::new() });
+        match block.holders.binary_search(&owner) {
             Ok(_) => debug_assert!(false, "a key without its owner's entry had the owner as a holder"),
-            Err(at) => holders.insert(at, owner),
+            Err(at) => block.holders.insert(at, owner),
         }
         self.entries += 1;
         true
@@ -53,11 +72,14 @@ impl Table {
 
     /// `owner` no longer holds `key`. False if it did not.
     pub fn remove(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
-        let held = self.owned.get_mut(owner.0 as usize).is_some_and(|keys| keys.remove(&key));
-        if held {
+        let held = self.owned.get_mut(owner.0 as usize).filter(|owned| owned.keys.contains(&key));
+        let found = held.is_some();
+        if let Some(owned) = held {
+            owned.keys.remove(&key);
+            owned.digest.remove(key);
             self.forget_holder(owner, key);
         }
-        held
+        found
     }
 
     /// `owner` holds nothing any more. Returns how many blocks that were.
@@ -72,7 +94,8 @@ impl Table {
     /// Until all of them went through [`Self::release`], `owner` is still a holder of the rest in
     /// [`Self::holders`], and its number must not be given to anybody else.
     pub fn take_keys(&mut self, owner: OwnerNo) -> Vec<BlockKey> {
-        self.owned.get_mut(owner.0 as usize).map(std::mem::take).unwrap_or_default().into_iter().collect()
+        let owned = self.owned.get_mut(owner.0 as usize).map(std::mem::take).unwrap_or_default();
+        owned.keys.into_iter().collect()
     }
 
     /// Second half of a clear in pieces: `owner` is no longer a holder of `keys`, which [`Self::take_keys`] returned.
@@ -84,23 +107,33 @@ impl Table {
 
     /// True if `owner` holds `key`.
     pub fn holds(&self, owner: OwnerNo, key: BlockKey) -> bool {
-        self.owned.get(owner.0 as usize).is_some_and(|keys| keys.contains(&key))
+        self.owned.get(owner.0 as usize).is_some_and(|owned| owned.keys.contains(&key))
     }
 
     /// Who holds `key`, ascending; empty if nobody does.
     #[inline]
     pub fn holders(&self, key: BlockKey) -> &[OwnerNo] {
-        self.holders.get(&key).map_or(&[], SmallVec::as_slice)
+        self.blocks.get(&key).map_or(&[], |block| block.holders.as_slice())
     }
 
     /// The keys of `owner`, in no particular order.
     pub fn keys_of(&self, owner: OwnerNo) -> impl Iterator<Item = BlockKey> + '_ {
-        self.owned.get(owner.0 as usize).into_iter().flatten().copied()
+        self.owned.get(owner.0 as usize).into_iter().flat_map(|owned| &owned.keys).copied()
+    }
+
+    /// The blocks of `owner` as (parent, key), in no particular order.
+    pub fn blocks_with_parents(&self, owner: OwnerNo) -> impl Iterator<Item = (BlockKey, BlockKey)> + '_ {
+        self.keys_of(owner).filter_map(|key| Some((self.blocks.get(&key)?.parent, key)))
+    }
+
+    /// What the keys of `owner` look like from far away.
+    pub fn digest_of(&self, owner: OwnerNo) -> Digest {
+        self.owned.get(owner.0 as usize).map_or_else(Digest::default, |owned| owned.digest)
     }
 
     /// Number of keys of `owner`.
     pub fn blocks_of(&self, owner: OwnerNo) -> usize {
-        self.owned.get(owner.0 as usize).map_or(0, HashSet::len)
+        self.owned.get(owner.0 as usize).map_or(0, |owned| owned.keys.len())
     }
 
     /// Number of (owner, key) pairs.
@@ -110,14 +143,14 @@ impl Table {
 
     /// Number of different keys.
     pub fn distinct(&self) -> usize {
-        self.holders.len()
+        self.blocks.len()
     }
 
     /// Says what is wrong if the two directions disagree. Costs a walk over everything; for tests and debugging, and
     /// not between [`Self::take_keys`] and its last [`Self::release`].
     pub fn check(&self) -> Result<(), String> {
         let mut pairs = 0;
-        for (key, holders) in &self.holders {
+        for (key, Block { holders, .. }) in &self.blocks {
             if holders.is_empty() || !holders.is_sorted_by(|a, b| a < b) {
                 return Err(format!("holders of {key:?} are empty or out of order: {holders:?}"));
             }
@@ -126,7 +159,13 @@ impl Table {
             }
             pairs += holders.len();
         }
-        let owned: usize = self.owned.iter().map(HashSet::len).sum();
+        for (no, owned) in self.owned.iter().enumerate() {
+            let digest = Digest::of(owned.keys.iter().copied());
+            if digest != owned.digest {
+                return Err(format!("owner {no} has the digest {:?}, its keys {digest:?}", owned.digest));
+            }
+        }
+        let owned: usize = self.owned.iter().map(|owned| owned.keys.len()).sum();
         if pairs != owned || pairs != self.entries {
             return Err(format!("{pairs} holders, {owned} owned keys, {} counted", self.entries));
         }
@@ -134,12 +173,12 @@ impl Table {
     }
 
     fn forget_holder(&mut self, owner: OwnerNo, key: BlockKey) {
-        if let hashbrown::hash_map::Entry::Occupied(mut entry) = self.holders.entry(key)
-            && let Ok(at) = entry.get().binary_search(&owner)
+        if let hashbrown::hash_map::Entry::Occupied(mut entry) = self.blocks.entry(key)
+            && let Ok(at) = entry.get().holders.binary_search(&owner)
         {
-            entry.get_mut().remove(at);
+            entry.get_mut().holders.remove(at);
             self.entries -= 1;
-            if entry.get().is_empty() {
+            if entry.get().holders.is_empty() {
                 entry.remove();
             }
         }
@@ -181,7 +220,7 @@ mod tests {
             for operation in script {
                 match operation {
                     Operation::Store(owner, key) => prop_assert_eq!(
-                        table.store(OwnerNo(owner), BlockKey(key)),
+                        table.store(OwnerNo(owner), BlockKey(key + 1), BlockKey(key)),
                         naive.store(OwnerNo(owner), BlockKey(key))
                     ),
                     Operation::Remove(owner, key) => prop_assert_eq!(
@@ -204,7 +243,10 @@ mod tests {
                 }
                 let mut keys: Vec<_> = table.keys_of(owner).collect();
                 keys.sort_unstable();
-                prop_assert_eq!(keys, naive.sorted_keys(owner));
+                prop_assert_eq!(&keys, &naive.sorted_keys(owner));
+                let mut blocks: Vec<_> = table.blocks_with_parents(owner).collect();
+                blocks.sort_unstable();
+                prop_assert_eq!(blocks, keys.iter().map(|key| (BlockKey(key.0 + 1), *key)).collect::<Vec<_>>());
             }
         }
     }
@@ -212,7 +254,7 @@ mod tests {
     #[test]
     fn a_key_that_nobody_holds_leaves_nothing_behind() {
         let mut table = Table::default();
-        assert!(table.store(OwnerNo(3), BlockKey(1)));
+        assert!(table.store(OwnerNo(3), BlockKey(0), BlockKey(1)));
         assert!(table.remove(OwnerNo(3), BlockKey(1)));
         assert_eq!((table.distinct(), table.entries()), (0, 0));
         assert!(!table.remove(OwnerNo(9), BlockKey(1)), "an owner never seen holds nothing");

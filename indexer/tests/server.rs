@@ -10,6 +10,7 @@ use common::{PATIENCE, Stage, any_port, ask_keys, bus, channel, config};
 use kvatlas_bus::Bus;
 use kvatlas_index::{IndexServer, IndexServerConfig, StartError};
 use kvatlas_proto::grpc as pb;
+use kvatlas_proto::request::{Request, Want};
 use kvatlas_proto::subject::{Shard, Subjects};
 use prometheus_client::registry::Registry;
 use tonic::Code;
@@ -31,24 +32,87 @@ async fn an_address_in_use_is_named() {
 }
 
 #[tokio::test]
-async fn a_source_first_heard_in_the_middle_is_asked_for_everything_and_heals() {
+async fn a_source_first_heard_in_the_middle_is_asked_for_its_state_and_counts_once_it_arrived() {
     let stage = Stage::start().await;
     let mut a = Publisher::new("m", "10.0.0.7:8000");
-    let control = Subjects::default().control(&a.header.source);
-    let mut requests = stage.bus.subscribe(control.clone()).await.unwrap();
-    a.frame(&[]);
-    stage.publish_only(&mut a, &[Op::Stored(0, vec![1])]).await;
-    let request = tokio::time::timeout(PATIENCE, requests.recv()).await.unwrap().unwrap();
-    assert_eq!((request.subject, request.payload.len()), (control, 0));
+    let mut requests = stage.bus.subscribe(Subjects::default().control(&a.header.source)).await.unwrap();
+    a.frame(&[Op::Stored(0, vec![1])]);
+    stage.publish_only(&mut a, &[Op::Stored(0, vec![1, 2])]).await;
+    let message = tokio::time::timeout(PATIENCE, requests.recv()).await.unwrap().unwrap();
+    let request = Request::parse(&message.payload).unwrap();
+    assert_eq!(request.want, Want::State(vec![]));
 
     let source = pb::ListOwnersRequest { instance: "10.0.0.7:8000".into(), ..Default::default() };
-    let sources = stage.atlas.clone().list_owners(source).await.unwrap().into_inner().sources;
-    assert_eq!(sources[0].state(), pb::SourceState::Degraded);
-    assert_eq!((sources[0].degraded_reason.as_str(), sources[0].applied_seq), ("frames_lost", None));
+    let list = || async {
+        stage.atlas.clone().list_owners(source.clone()).await.unwrap().into_inner().sources.remove(0)
+    };
+    let before = list().await;
+    assert_eq!((before.state(), before.applied_seq), (pb::SourceState::Syncing, None));
+    assert!(stage.score(ask_keys("m", [1])).await.unwrap().instances.is_empty());
 
-    stage.publish(a.epoch(2), &[Op::Stored(0, vec![1])]).await;
-    let row = stage.score(ask_keys("m", [1])).await.unwrap().instances.remove(0);
-    assert_eq!(row.state(), pb::SourceState::Live);
+    for frame in a.answer(&request) {
+        stage.bus.publish(message.reply.clone().unwrap(), Bytes::from(frame)).await.unwrap();
+    }
+    stage.until("the state is known", || stage.server.index().totals(0).blocks == 2).await;
+    let row = stage.score(ask_keys("m", [1, 2])).await.unwrap().instances.remove(0);
+    assert_eq!((row.state(), row.matched_blocks), (pb::SourceState::Verified, 2));
+    assert!(row.verified_age_ms.is_some_and(|age| age < PATIENCE.as_millis() as u64));
+    let after = list().await;
+    assert_eq!((after.state(), after.applied_seq), (pb::SourceState::Verified, Some(1)));
+    assert_eq!(after.owners[0].digest.len(), 32);
+}
+
+#[tokio::test]
+async fn nobody_answers_for_another_source() {
+    let stage = Stage::start().await;
+    let (mut a, mut b) = (Publisher::new("m", "a:1"), Publisher::new("m", "b:1"));
+    let mut requests = stage.bus.subscribe(Subjects::default().control(&a.header.source)).await.unwrap();
+    a.frame(&[]);
+    stage.publish_only(&mut a, &[]).await;
+    let message = tokio::time::timeout(PATIENCE, requests.recv()).await.unwrap().unwrap();
+    let mut request = Request::parse(&message.payload).unwrap();
+    b.frame(&[Op::Stored(0, vec![1])]);
+    request.epoch = b.header.epoch;
+    for frame in b.answer(&request) {
+        stage.bus.publish(message.reply.clone().unwrap(), Bytes::from(frame)).await.unwrap();
+    }
+    let counted = "kvatlas_index_frames_bad_total{reason=\"subject_mismatch\"} 1";
+    let patience = tokio::time::timeout(PATIENCE, async {
+        while !stage.get("/metrics").await.1.contains(counted) {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    });
+    patience.await.expect("the foreign answer is counted");
+}
+
+#[tokio::test]
+async fn a_server_that_looks_for_publishers_says_so_until_it_has_found_them_out() {
+    let bus = bus();
+    let mut hello = bus.subscribe(Subjects::default().hello()).await.unwrap();
+    let discovery = std::time::Duration::from_millis(200);
+    let stage = Stage::on(bus, IndexServerConfig { discovery, ..config() }).await;
+    tokio::time::timeout(PATIENCE, hello.recv()).await.unwrap().unwrap();
+    let mut a = Publisher::new("m", "a:1");
+    let mut requests = stage.bus.subscribe(Subjects::default().control(&a.header.source)).await.unwrap();
+    a.frame(&[Op::Stored(0, vec![1])]);
+    stage.publish_only(&mut a, &[]).await;
+    let message = tokio::time::timeout(PATIENCE, requests.recv()).await.unwrap().unwrap();
+    tokio::time::sleep(2 * discovery).await;
+    let answer = stage.score(ask_keys("m", [1])).await.unwrap();
+    assert!(answer.coverage == 0.0 && answer.missing.len() == 1, "{answer:?}");
+    assert!(stage.get("/readyz").await.0.contains("503"));
+
+    for frame in a.answer(&Request::parse(&message.payload).unwrap()) {
+        stage.bus.publish(message.reply.clone().unwrap(), Bytes::from(frame)).await.unwrap();
+    }
+    let ready = tokio::time::timeout(PATIENCE, async {
+        while !stage.get("/readyz").await.0.contains("200") {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    });
+    ready.await.expect("the only publisher is found out");
+    let answer = stage.score(ask_keys("m", [1])).await.unwrap();
+    assert_eq!((answer.coverage, answer.instances[0].matched_blocks), (1.0, 1));
 }
 
 #[tokio::test]
@@ -78,7 +142,7 @@ async fn bad_frames_are_dropped_and_counted_by_reason() {
     }
     // What comes after is taken in: nothing got stuck.
     stage.bus.publish(own, Bytes::from(good)).await.unwrap();
-    stage.until("the good frame is applied", || stage.server.index().totals().blocks == 1).await;
+    stage.until("the good frame is applied", || stage.server.index().totals(0).blocks == 1).await;
     let (_, text) = stage.get("/metrics").await;
     for (_, _, reason) in messages {
         let line = format!("kvatlas_index_frames_bad_total{{reason=\"{reason}\"}} 1");
@@ -211,11 +275,11 @@ async fn two_deployments_on_one_bus_do_not_see_each_other() {
     let subject = Subjects::new("blue").unwrap().events(a.header.scope.token(), Shard::All, &a.header.source);
     bus.publish(subject, Bytes::from(a.frame(&[Op::Stored(0, vec![1])]))).await.unwrap();
     tokio::time::timeout(PATIENCE, async {
-        while blue.index().totals().blocks == 0 {
+        while blue.index().totals(0).blocks == 0 {
             tokio::time::sleep(std::time::Duration::from_millis(2)).await;
         }
     })
     .await
     .unwrap();
-    assert_eq!(default.index().totals().scopes, 0);
+    assert_eq!(default.index().totals(0).scopes, 0);
 }

@@ -617,7 +617,7 @@ fn check_ops(body: &wire::ArchivedBody, header: &FrameHeader) -> Result<(), Pars
             OP_CLEARED if len == 0 => {}
             OP_BUCKET
                 if header.part == FramePart::Repair
-                    && len % 2 == 0
+                    && len.is_multiple_of(2)
                     && op.parent.to_native() < 1 << MAX_BUCKET_BITS =>
             {
                 keys += len;

@@ -51,7 +51,10 @@ impl Stage {
     }
 
     pub async fn with(config: IndexServerConfig) -> Self {
-        let bus = bus();
+        Self::on(bus(), config).await
+    }
+
+    pub async fn on(bus: Arc<InProcessBus>, config: IndexServerConfig) -> Self {
         let server = IndexServer::start(config, bus.clone(), Registry::default()).await.unwrap();
         let atlas = AtlasClient::new(channel(&server).await).max_decoding_message_size(64 << 20);
         Self { bus, server, atlas }
