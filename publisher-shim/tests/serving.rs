@@ -76,7 +76,10 @@ impl Rig {
     async fn ask(&self, epoch: Epoch, want: Want) {
         let payload = Request { id: RequestId(5), epoch, want }.encode().unwrap().into();
         let reply = Some(self.subjects.reply(&asker(), &source()));
-        self.bus.send(BusMessage { subject: self.subjects.control(&source()), reply, payload }).await.unwrap();
+        self.bus
+            .send(BusMessage { subject: self.subjects.control(&source()), reply, payload })
+            .await
+            .unwrap();
     }
 
     async fn reply(&mut self) -> Bytes {

@@ -148,7 +148,7 @@ impl Reader {
     /// Forgets some blocks and invents some.
     pub fn damage(&mut self, seed: u64) {
         for keys in self.held.values_mut() {
-            let gone: Vec<u64> = keys.iter().copied().filter(|key| (key ^ seed) % 5 == 0).collect();
+            let gone: Vec<u64> = keys.iter().copied().filter(|key| (key ^ seed).is_multiple_of(5)).collect();
             gone.iter().for_each(|key| _ = keys.remove(key));
             keys.extend(gone.iter().map(|key| key.rotate_left(seed as u32 % 63 + 1)));
         }
