@@ -2,197 +2,11 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-
-use common::{Reader, StoredEvent, batch_at, cleared, removed};
-use kvatlas_proto::{BlockKey, InstanceId, KeyHasher};
+use common::engine::{BLOCK, Engine, Step, any_step};
+use common::{Reader, batch_at};
+use kvatlas_proto::InstanceId;
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 use proptest::prelude::*;
-
-const BLOCK: usize = 4;
-const PROMPTS: usize = 4;
-const BLOCKS: usize = 6;
-const MEDIA: [&str; 3] = ["GPU", "CPU", "STORAGE"];
-
-/// One step of an engine's life. Prompts share prefixes: prompt p's blocks before `p` are those of prompt 0.
-#[derive(Clone, Debug)]
-enum Step {
-    /// Blocks 0..`blocks` of a prompt are computed on the GPU; those that exist already stay.
-    Compute { prompt: usize, blocks: usize },
-    /// One block is computed a second time although it exists (two copies).
-    Duplicate { prompt: usize, block: usize },
-    /// A block is announced on another tier, without tokens.
-    Offload { prompt: usize, block: usize, medium: usize },
-    /// The same with tokens and parent, but without extra keys.
-    Describe { prompt: usize, block: usize, medium: usize },
-    /// One copy goes.
-    Evict { prompt: usize, block: usize, medium: usize },
-    /// The cache is reset.
-    Clear,
-    /// The engine restarts; its sequence starts over.
-    Restart,
-    /// The index asks for everything.
-    Snapshot,
-}
-
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Compute { prompt, blocks } => write!(f, "compute prompt {prompt} blocks 0..{blocks}"),
-            Self::Duplicate { prompt, block } => write!(f, "duplicate prompt {prompt} block {block}"),
-            Self::Offload { prompt, block, medium } => {
-                write!(f, "offload prompt {prompt} block {block} to {}", MEDIA[*medium])
-            }
-            Self::Describe { prompt, block, medium } => {
-                write!(f, "describe prompt {prompt} block {block} on {}", MEDIA[*medium])
-            }
-            Self::Evict { prompt, block, medium } => {
-                write!(f, "evict prompt {prompt} block {block} from {}", MEDIA[*medium])
-            }
-            Self::Clear => write!(f, "clear"),
-            Self::Restart => write!(f, "restart"),
-            Self::Snapshot => write!(f, "snapshot"),
-        }
-    }
-}
-
-fn any_step() -> impl Strategy<Value = Step> {
-    let at = || (0..PROMPTS, 0..BLOCKS);
-    prop_oneof![
-        6 => (0..PROMPTS, 1..=BLOCKS).prop_map(|(prompt, blocks)| Step::Compute { prompt, blocks }),
-        2 => at().prop_map(|(prompt, block)| Step::Duplicate { prompt, block }),
-        2 => (at(), 1..3usize).prop_map(|((prompt, block), medium)| Step::Offload { prompt, block, medium }),
-        2 => (at(), 1..3usize).prop_map(|((prompt, block), medium)| Step::Describe { prompt, block, medium }),
-        6 => (at(), 0..3usize).prop_map(|((prompt, block), medium)| Step::Evict { prompt, block, medium }),
-        1 => Just(Step::Clear),
-        1 => Just(Step::Restart),
-        1 => Just(Step::Snapshot),
-    ]
-}
-
-/// The naive model: an engine that counts copies in a map, and a shim that remembers which hashes it has seen tokens of.
-struct Engine {
-    life: u64,
-    seq: u64,
-    time: f64,
-    copies: BTreeMap<(usize, u64), u32>,
-    keys: BTreeMap<u64, u64>,
-}
-
-impl Engine {
-    fn new() -> Self {
-        Self { life: 0, seq: 0, time: 1e9, copies: BTreeMap::new(), keys: BTreeMap::new() }
-    }
-
-    fn tokens(prompt: usize, block: usize) -> Vec<u32> {
-        let own = if block < prompt { 0 } else { prompt };
-        (0..BLOCK).map(|i| (own * 1_000 + block * BLOCK + i) as u32).collect()
-    }
-
-    fn hash(&self, prompt: usize, block: usize) -> u64 {
-        let mut hash = self.life;
-        for i in 0..=block {
-            for token in Self::tokens(prompt, i) {
-                hash = (hash ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
-            }
-        }
-        hash
-    }
-
-    fn key(prompt: usize, block: usize) -> BlockKey {
-        let tokens: Vec<u32> = (0..=block).flat_map(|i| Self::tokens(prompt, i)).collect();
-        *KeyHasher::default().chain(&tokens, BLOCK as u32).last().unwrap()
-    }
-
-    fn stored(&self, prompt: usize, blocks: std::ops::Range<usize>, medium: usize) -> StoredEvent {
-        StoredEvent {
-            hashes: blocks.clone().map(|b| self.hash(prompt, b)).collect(),
-            parent: blocks.start.checked_sub(1).map(|b| self.hash(prompt, b)),
-            tokens: blocks.flat_map(|b| Self::tokens(prompt, b)).collect(),
-            block_size: BLOCK as u32,
-            medium: Some(MEDIA[medium]),
-            ..StoredEvent::default()
-        }
-    }
-
-    fn add(&mut self, prompt: usize, block: usize, medium: usize) {
-        *self.copies.entry((medium, self.hash(prompt, block))).or_default() += 1;
-    }
-
-    /// Performs a step; returns the messages it publishes.
-    fn step(&mut self, step: &Step) -> Vec<rmpv::Value> {
-        match *step {
-            Step::Compute { prompt, blocks } => {
-                let first = (0..blocks).find(|&b| !self.copies.contains_key(&(0, self.hash(prompt, b))));
-                let Some(first) = first else { return vec![] };
-                for block in first..blocks {
-                    self.add(prompt, block, 0);
-                    self.keys.insert(self.hash(prompt, block), Self::key(prompt, block).0);
-                }
-                vec![self.stored(prompt, first..blocks, 0).map()]
-            }
-            Step::Duplicate { prompt, block } => {
-                if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
-                    return vec![];
-                }
-                self.add(prompt, block, 0);
-                vec![self.stored(prompt, block..block + 1, 0).map()]
-            }
-            Step::Offload { prompt, block, medium } => {
-                // Offload follows from a block on the GPU.
-                if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
-                    return vec![];
-                }
-                self.add(prompt, block, medium);
-                let placeholder = StoredEvent {
-                    tokens: vec![],
-                    parent: None,
-                    block_size: 0,
-                    ..self.stored(prompt, block..block + 1, medium)
-                };
-                vec![placeholder.map()]
-            }
-            Step::Describe { prompt, block, medium } => {
-                if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
-                    return vec![];
-                }
-                self.add(prompt, block, medium);
-                vec![self.stored(prompt, block..block + 1, medium).array()]
-            }
-            Step::Evict { prompt, block, medium } => {
-                let place = (medium, self.hash(prompt, block));
-                let Some(copies) = self.copies.get_mut(&place) else { return vec![] };
-                *copies -= 1;
-                if *copies == 0 {
-                    self.copies.remove(&place);
-                }
-                vec![removed(&[place.1], Some(MEDIA[medium]), None)]
-            }
-            Step::Clear => {
-                self.copies.clear();
-                vec![cleared()]
-            }
-            Step::Restart => {
-                self.life += 1;
-                self.seq = 0;
-                self.copies.clear();
-                self.keys.clear();
-                vec![cleared()]
-            }
-            Step::Snapshot => vec![],
-        }
-    }
-
-    /// What an index should believe now.
-    fn truth(&self) -> BTreeMap<(String, u16), BTreeSet<u64>> {
-        let mut truth: BTreeMap<(String, u16), BTreeSet<u64>> = BTreeMap::new();
-        for (medium, hash) in self.copies.keys() {
-            truth.entry((MEDIA[*medium].to_owned(), 0)).or_default().insert(self.keys[hash]);
-        }
-        truth
-    }
-}
 
 fn source() -> Source {
     let config = SourceConfig {
@@ -206,8 +20,10 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
     let script = || steps.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
     let (mut engine, mut source, mut reader) = (Engine::new(), source(), Reader::default());
     for (number, step) in steps.iter().enumerate() {
-        if matches!(step, Step::Snapshot) {
-            source.request_snapshot();
+        match step {
+            Step::NewEpoch => source.new_epoch(),
+            Step::Forget => reader.forget(),
+            _ => {}
         }
         for event in engine.step(step) {
             engine.time += 1.0;
@@ -215,9 +31,7 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
             prop_assert_eq!(source.live(engine.seq, &message, false), Live::Done);
             engine.seq += 1;
         }
-        for frame in source.take_frames(number as u64 + 1, false).unwrap() {
-            reader.read(&frame);
-        }
+        reader.follow(&mut source, number as u64 + 1, number % 3 == 0);
         prop_assert_eq!(&reader.held, &engine.truth(), "after step {} of:\n{}", number + 1, script());
         prop_assert_eq!(
             source.mirror().visible_blocks(),
