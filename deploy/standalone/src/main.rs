@@ -78,7 +78,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Demo(args) => demo::run(args).await,
         Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => bench::run(args).await,
     }
 }
 
