@@ -21,6 +21,19 @@
 //! A message that cannot be decoded spends its sequence and nothing else. A gap is asked for once; what the reply does
 //! not hold will never come (the engine could not encode it), so there is no loop.
 //!
+//! # After a loss
+//!
+//! What was held is not claimed any more, and health says so until a reset or another life. Blocks count again as the engine
+//! stores them again: since copies are counted from nothing, a count never exceeds the engine's.
+//!
+//! It is tempting to take a stored block as proof that its parent, named by hash, and all blocks before that are held, since a
+//! request keeps its prefix while it runs; hot prefixes would come back at once. Not done, because it does not hold for vLLM:
+//! when an external connector fails to load a block and the policy is to fail (the default), `evict_blocks` takes that block
+//! and all behind it in the failed request out of the cache, also those that another request shares and goes on using. That
+//! request is not stopped if it holds another copy of the block that failed (with EAGLE, whose look-up drops the last match,
+//! the failed request had loaded a second copy of one that was there). What it stores later has ancestors that are not in the
+//! cache. If the removals were among the lost events, these would be claimed, and no removal would ever take them back.
+//!
 //! # What the epoch promises
 //!
 //! An epoch begins with digests: what the mirror held when it began. From there its frames are contiguous and add up to the
@@ -41,9 +54,11 @@ use crate::repage::Repager;
 
 mod history;
 mod publish;
+mod saved;
 mod sent;
 
 pub use publish::FRAME_OPS_BYTES;
+pub use saved::StateMark;
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
 use history::History;
@@ -60,6 +75,8 @@ pub struct SourceConfig {
     pub tenant: String,
     /// What a gateway routes to.
     pub instance: InstanceId,
+    /// Where its events come from; part of what a saved state is of.
+    pub endpoint: String,
     /// Data-parallel rank; `None` takes the one that the engine's messages name.
     pub rank: Option<DpRank>,
     /// Tokens per block; `None` takes the engine's.
@@ -88,6 +105,8 @@ pub struct Source {
     history: History,
     /// The connection was (re)made and nothing from it was compared yet.
     suspect: bool,
+    /// What is held was read from a file, and no replay has shown that it is of this life of the engine.
+    unproved: bool,
     health: SourceHealth,
     rank: DpRank,
     scope: Option<Scope>,
@@ -146,6 +165,7 @@ impl SourceConfig {
             model: model.into(),
             tenant: String::new(),
             instance,
+            endpoint: String::new(),
             rank: None,
             block_size: None,
             hasher: KeyHasher::default(),
@@ -183,6 +203,7 @@ impl Source {
             last: None,
             history: History::default(),
             suspect: false,
+            unproved: false,
             health: SourceHealth::Exact,
             rank: config.rank.unwrap_or_default(),
             scope: None,
@@ -313,6 +334,7 @@ impl Source {
     pub fn replayed(&mut self, from: u64, messages: &[(u64, Bytes)]) {
         if from == 0 {
             self.compare_lives(messages);
+            self.unproved = false;
         }
         self.suspect = false;
         for (seq, payload) in messages {
@@ -365,6 +387,7 @@ impl Source {
         self.ops.clear();
         self.base.clear();
         self.last = None;
+        self.unproved = false;
         self.history.clear();
         self.health = SourceHealth::Exact;
         self.new_epoch = true;
