@@ -31,13 +31,9 @@ use crate::wire::{Batch, Event};
 const STEP: Duration = Duration::from_millis(20);
 /// A step that comes late makes up for at most this time, so that a stalled machine is not answered by a burst.
 const MAKE_UP: Duration = Duration::from_millis(500);
-/// Blocks of one message while an engine is filled.
-const FILL_BLOCKS: usize = 512;
 /// Commands that wait for an engine; each is awaited, so more never do.
 const COMMANDS: usize = 8;
-/// Messages that an engine keeps for replays. Fewer than vLLM's default because a fleet of them shares one machine.
-const REPLAY_STEPS: usize = 1_500;
-/// Longest wait for shims to follow their engines.
+/// Longest wait for a shim to follow its engine.
 const FOLLOW_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest wait for everything that was said to arrive, once nothing more is said.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -49,6 +45,10 @@ pub struct FleetConfig {
     pub engines: usize,
     /// Blocks that each can hold.
     pub blocks_each: usize,
+    /// Blocks of one message while engines are filled, at least 1.
+    pub fill_blocks: usize,
+    /// Messages that an engine keeps for replays.
+    pub replay_steps: usize,
     /// Where shims run.
     pub shims: ShimPlace,
     /// Decides what engines hold.
@@ -60,7 +60,7 @@ pub struct FleetConfig {
 pub enum ShimPlace {
     /// In this process, over the bus that can lose messages and observes everything.
     Inside,
-    /// As processes of their own, one per engine.
+    /// As processes of their own, one per engine, with a folder for their state that outlives them.
     Processes,
 }
 
@@ -110,6 +110,7 @@ struct Driver {
     commands: mpsc::Receiver<Command>,
     clock: Clock,
     stored: Arc<AtomicU64>,
+    fill_blocks: usize,
     offset: Duration,
 }
 
@@ -121,35 +122,35 @@ impl Fleet {
         let stored = Arc::new(AtomicU64::new(0));
         let mut fleet = Self { engines: Vec::new(), shims: Vec::new(), stored };
         for number in 0..config.engines {
-            let publisher = EnginePublisher::bind(PublisherConfig {
-                buffer_steps: REPLAY_STEPS,
-                ..PublisherConfig::default()
-            })
-            .await?;
-            let model = ChurnEngine::new(number as u64, config.blocks_each, config.seed);
-            let offset = STEP.mul_f64(number as f64 / config.engines as f64);
-            fleet.add_engine(rig, number, model, publisher, offset);
-            let shim = match config.shims {
-                ShimPlace::Inside => RunningShim::Inside(fleet.start_inside(rig, number).await?),
-                ShimPlace::Processes => RunningShim::Process(None),
-            };
-            fleet.shims.push(shim);
-            if config.shims == ShimPlace::Processes {
-                fleet.start_shim(rig, number)?;
-            }
+            let buffer_steps = config.replay_steps;
+            let publisher =
+                EnginePublisher::bind(PublisherConfig { buffer_steps, ..PublisherConfig::default() }).await?;
+            let name = format!("10.0.0.{number}:8000");
+            let endpoints = publisher.endpoints().clone();
+            fleet.shims.push(match config.shims {
+                ShimPlace::Inside => {
+                    RunningShim::Inside(Shim::start(&shim_config(rig, &name, &endpoints), &rig.shim_bus())?)
+                }
+                ShimPlace::Processes => {
+                    RunningShim::Process(Some(shim_process(rig, number, &name, &endpoints)?))
+                }
+            });
+            // Engines that bind lose what they say before anybody listens.
+            publisher.wait_for_subscribers(1, FOLLOW_TIMEOUT).await?;
+            fleet.engines.push(fleet.drive(rig, &config, number, name, publisher));
         }
-        fleet.wait_until_followed(config.shims).await?;
         Ok(fleet)
     }
 
-    fn add_engine(
-        &mut self,
+    fn drive(
+        &self,
         rig: &Rig,
+        config: &FleetConfig,
         number: usize,
-        model: ChurnEngine,
+        name: String,
         publisher: EnginePublisher,
-        offset: Duration,
-    ) {
+    ) -> Engine {
+        let model = ChurnEngine::new(number as u64, config.blocks_each, config.seed);
         let model = Arc::new(Mutex::new(model));
         let (commands, queue) = mpsc::channel(COMMANDS);
         let driver = Driver {
@@ -157,31 +158,30 @@ impl Fleet {
             commands: queue,
             clock: rig.clock(),
             stored: Arc::clone(&self.stored),
-            offset,
+            fill_blocks: config.fill_blocks.max(1),
+            offset: STEP.mul_f64(number as f64 / config.engines as f64),
         };
         let endpoints = publisher.endpoints().clone();
-        let task = tokio::spawn(driver.run(publisher));
-        self.engines.push(Engine { name: format!("10.0.0.{number}:8000"), model, endpoints, commands, task });
+        Engine { name, model, endpoints, commands, task: tokio::spawn(driver.run(publisher)) }
     }
 
-    async fn start_inside(&self, rig: &Rig, number: usize) -> Result<Shim, RecoveryError> {
-        let engine = &self.engines[number];
-        Ok(Shim::start(&shim_config(rig, &engine.name, &engine.endpoints), &rig.shim_bus())?)
-    }
-
-    /// Starts the shim process of an engine, with a folder for its state that outlives it.
+    /// Starts the shim process of an engine again.
     pub fn start_shim(&mut self, rig: &Rig, number: usize) -> Result<(), ProcessError> {
         let engine = &self.engines[number];
-        let StreamEndpoints { events, replay, .. } = &engine.endpoints;
-        let spec = format!("model={MODEL},instance={},zmq={events},replay={replay}", engine.name);
-        let mut arguments: Vec<OsString> =
-            ["--log", "warn,kvatlas_shim=info", "shim"].map(OsString::from).into();
-        arguments.extend(rig.deployment());
-        arguments.extend(["--http-listen", "127.0.0.1:0", "--engine", &spec].map(OsString::from));
-        let log = rig.folder().join(format!("shim-{number}.log"));
-        let process = Process::start("a shim", rig.kvatlas(), &arguments, &log)?;
+        let process = shim_process(rig, number, &engine.name, &engine.endpoints)?;
         self.shims[number] = RunningShim::Process(Some(process));
         Ok(())
+    }
+
+    /// Asks the shim process of an engine to stop, and waits until it has.
+    pub async fn stop_shim(&mut self, number: usize) -> Result<(), ProcessError> {
+        match &mut self.shims[number] {
+            RunningShim::Process(process) => match process.take() {
+                Some(process) => process.terminate().await,
+                None => Ok(()),
+            },
+            RunningShim::Inside(_) => Ok(()),
+        }
     }
 
     /// Kills the shim process of an engine as a crash does.
@@ -192,30 +192,6 @@ impl Fleet {
                 None => Ok(()),
             },
             RunningShim::Inside(_) => Ok(()),
-        }
-    }
-
-    /// Shims in this process say themselves when they follow; of others, the engine's socket knows nothing here.
-    async fn wait_until_followed(&self, place: ShimPlace) -> Result<(), RecoveryError> {
-        if place == ShimPlace::Processes {
-            return Ok(());
-        }
-        let deadline = Instant::now() + FOLLOW_TIMEOUT;
-        loop {
-            let follows = |shim: &RunningShim| match shim {
-                RunningShim::Inside(shim) => shim.progress().iter().all(|progress| {
-                    let progress = progress.borrow();
-                    progress.connection.up && progress.known_connection == progress.connection.number
-                }),
-                RunningShim::Process(_) => true,
-            };
-            if self.shims.iter().all(follows) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(RecoveryError::NotFollowed(FOLLOW_TIMEOUT));
-            }
-            sleep(LOOK_INTERVAL).await;
         }
     }
 
@@ -297,7 +273,7 @@ impl Fleet {
         for shim in self.shims {
             match shim {
                 RunningShim::Inside(shim) => shim.shutdown().await,
-                RunningShim::Process(Some(process)) => process.kill().await?,
+                RunningShim::Process(Some(process)) => process.terminate().await?,
                 RunningShim::Process(None) => {}
             }
         }
@@ -368,7 +344,7 @@ impl Driver {
     async fn fill(&self, publisher: &mut EnginePublisher, blocks: usize) -> Result<(), EngineError> {
         let mut left = blocks;
         while left > 0 {
-            let now = left.min(FILL_BLOCKS);
+            let now = left.min(self.fill_blocks);
             self.step(publisher, now).await?;
             left -= now;
         }
@@ -385,6 +361,23 @@ impl Driver {
         publisher.publish(&batch(events)).await?;
         Ok(())
     }
+}
+
+/// The shim of one engine as a process of its own.
+fn shim_process(
+    rig: &Rig,
+    number: usize,
+    name: &str,
+    endpoints: &StreamEndpoints,
+) -> Result<Process, ProcessError> {
+    let StreamEndpoints { events, replay, .. } = endpoints;
+    let spec = format!("model={MODEL},instance={name},zmq={events},replay={replay}");
+    let state = rig.folder().join(format!("shim-{number}"));
+    let mut arguments: Vec<OsString> = ["--log", "warn,kvatlas_shim=info", "shim"].map(OsString::from).into();
+    arguments.extend(rig.deployment());
+    arguments.extend(["--http-listen", "127.0.0.1:0", "--engine", &spec].map(OsString::from));
+    arguments.extend(["--state-dir".into(), state.into()]);
+    Process::start("a shim", rig.kvatlas(), &arguments, &rig.folder().join(format!("shim-{number}.log")))
 }
 
 /// A batch as of now.

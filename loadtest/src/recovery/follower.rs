@@ -97,11 +97,6 @@ impl Follower {
         self.sources.len()
     }
 
-    /// Forgets a source, whose publisher is not followed any more.
-    pub fn forget_all(&mut self) {
-        self.sources.clear();
-    }
-
     /// Judges what an index says about a source.
     pub fn judge(&self, said: &grpc::Source, now_ms: u64) -> Judgement {
         let same =

@@ -24,6 +24,9 @@ const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// Time after the loss in which the last lost frames have to be noticed: heartbeats are a second apart.
 const NOTICE: Duration = Duration::from_millis(1_500);
 
+/// The index's own count of gaps.
+const GAPS: &str = "kvatlas_index_gaps_total";
+
 /// What came of the losses.
 #[derive(Clone, Debug, Serialize)]
 pub struct LossDetails {
@@ -37,6 +40,11 @@ pub struct LossDetails {
     pub loss: f64,
     /// For how long, seconds.
     pub loss_seconds: f64,
+    /// From the end of the loss until every source said that it is verified, seconds.
+    pub seconds_to_verified: f64,
+    /// Times that the index went from complete to missing frames of a source. Fewer than stretches of lost frames where one
+    /// was lost before the last one was back.
+    pub index_gaps: u64,
     /// Lost frames that nobody asked for.
     pub unnoticed: usize,
     /// Bytes sent again for each byte of event frames lost.
@@ -50,7 +58,7 @@ pub struct LossDetails {
     pub counts: LossCounts,
     /// Answers to questions that the index stood by.
     pub answers: u64,
-    /// Of these, those that missed blocks that an engine had held for a second.
+    /// Of these, those that missed blocks that an engine had held for longer than the window.
     pub missed: u64,
     /// 99th percentile of their time, microseconds.
     pub score_p99_us: u64,
@@ -71,7 +79,8 @@ pub(super) async fn run(config: &RecoveryConfig) -> Result<CaseReport, RecoveryE
     rig.wait_exact(config.engines, PATIENCE).await?;
     let held: usize = fleet.truth().values().map(std::collections::BTreeSet::len).sum();
 
-    let sampler = Sampler::start(&rig, &fleet, config.seed)?;
+    let sampler = Sampler::start(&rig, &fleet, config.window, config.seed)?;
+    let gaps = rig.metric(GAPS).await.unwrap_or_default();
     let (counts, stored, began) = (rig.bus().counts(), fleet.stored(), Instant::now());
     rig.bus().lose(config.loss);
     let (mut looks, mut all_exact, mut exact_sources) = (0_u32, 0_u32, 0_usize);
@@ -87,8 +96,10 @@ pub(super) async fn run(config: &RecoveryConfig) -> Result<CaseReport, RecoveryE
     let rate = (fleet.stored() - stored) as f64 / began.elapsed().as_secs_f64();
     let exact = rig.wait_exact(config.engines, PATIENCE).await?;
     let needed = rig.bus().counts().since(&counts);
+    let verified = rig.wait_verified(config.engines, PATIENCE).await?;
     sleep(NOTICE).await;
     let unnoticed = rig.bus().unnoticed();
+    let index_gaps = rig.metric(GAPS).await.unwrap_or_default() - gaps;
     let samples = sampler.take();
     drop(sampler);
     fleet.settle(&mut rig).await?;
@@ -109,6 +120,8 @@ pub(super) async fn run(config: &RecoveryConfig) -> Result<CaseReport, RecoveryE
             blocks_per_s: rate as u64,
             loss: config.loss,
             loss_seconds: rounded((ended - began).as_secs_f64()),
+            seconds_to_verified: rounded((verified - ended).as_secs_f64()),
+            index_gaps: index_gaps as u64,
             unnoticed,
             bytes_per_lost_byte: rounded(factor),
             exact_share: rounded(f64::from(all_exact) / f64::from(looks.max(1))),

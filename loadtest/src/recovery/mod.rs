@@ -41,11 +41,16 @@ pub mod sampler;
 pub mod upkeep;
 
 use crate::engine_sim::{EnqueueError, InvalidSimConfigError};
-use crate::sockets::{BindError, SendError};
+use crate::sockets::{BindError, NoSubscriberError, SendError};
 use crate::workload::InvalidWorkloadError;
 use fleet::EngineError;
 use processes::ProcessError;
 use rig::RigConfig;
+
+/// Blocks of one message while an engine is filled.
+const FILL_BLOCKS: usize = 512;
+/// Messages that an engine keeps for replays. Fewer than vLLM's default because a fleet of them shares one machine.
+const REPLAY_STEPS: usize = 1_500;
 
 /// One thing to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,8 +92,13 @@ pub struct RecoveryConfig {
     pub loss_time: Duration,
     /// Routing decisions.
     pub decisions: usize,
+    /// How long the router waits for an answer before it routes without one.
+    pub patience: Duration,
     /// How long digests are measured.
     pub upkeep_time: Duration,
+    /// A claim is wrong if the engine held the block at no time of this window before the answer; at most
+    /// [`sampler::MAX_WINDOW`].
+    pub window: Duration,
     /// Decides what engines hold, what is lost and what is asked.
     pub seed: u64,
 }
@@ -162,8 +172,8 @@ pub enum RecoveryError {
     #[error("a simulated engine stopped before it was told to")]
     EngineStopped,
     /// A shim does not reach its engine.
-    #[error("the shims did not follow their engines within {0:?}")]
-    NotFollowed(Duration),
+    #[error(transparent)]
+    NotFollowed(#[from] NoSubscriberError),
     /// A state was not reached.
     #[error("{sources} sources were not all {what} within {wait:?}: {state}")]
     NotInTime {
@@ -246,7 +256,9 @@ impl RecoveryConfig {
             loss: 0.05,
             loss_time: Duration::from_secs(60),
             decisions: 1_958,
+            patience: Duration::from_secs(1),
             upkeep_time: Duration::from_secs(6),
+            window: Duration::from_secs(1),
             seed: 1,
         }
     }
@@ -264,6 +276,8 @@ impl RecoveryConfig {
         fleet::FleetConfig {
             engines: self.engines,
             blocks_each: self.blocks / self.engines.max(1),
+            fill_blocks: FILL_BLOCKS,
+            replay_steps: REPLAY_STEPS,
             shims: fleet::ShimPlace::Inside,
             seed: self.seed,
         }

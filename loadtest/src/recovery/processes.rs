@@ -136,6 +136,18 @@ impl Process {
         self.child.kill().await.map_err(|source| ProcessError::Kill { name: self.name, source })
     }
 
+    /// Asks it to stop (SIGTERM) and waits until it is gone.
+    pub async fn terminate(mut self) -> Result<(), ProcessError> {
+        let failed = |source| ProcessError::Kill { name: self.name, source };
+        if let Some(pid) = self.child.id() {
+            Command::new("kill").args(["-TERM", &pid.to_string()]).status().await.map_err(failed)?;
+        }
+        match timeout(START_TIMEOUT, self.child.wait()).await {
+            Ok(ended) => ended.map(drop).map_err(failed),
+            Err(_) => self.kill().await,
+        }
+    }
+
     fn last_words(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -217,6 +229,20 @@ mod tests {
             Process::start("a shell", Path::new("/bin/sh"), &arguments, &folder.path().join("log")).unwrap();
         let error = process.wait_until(async || false).await.unwrap_err().to_string();
         assert!(error.contains("out of order") && error.contains('3'), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_is_asked_to_stop_does_what_it_has_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let done = folder.path().join("done");
+        let script =
+            format!("trap 'touch {}; exit' TERM; echo up; while :; do sleep 0.02; done", done.display());
+        let log = folder.path().join("log");
+        let mut process =
+            Process::start("a shell", Path::new("/bin/sh"), &["-c".into(), script.into()], &log).unwrap();
+        process.wait_until(async || fs::read(&log).is_ok_and(|said| !said.is_empty())).await.unwrap();
+        process.terminate().await.unwrap();
+        assert!(done.exists());
     }
 
     #[tokio::test]

@@ -18,8 +18,8 @@ const COLD_GOAL_S: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Traffic before an index without a checkpoint is killed, so that the fleet is in its stride.
 const WARM_UP: Duration = Duration::from_secs(3);
-/// What a checkpoint's age is allowed to be beyond what is wanted, before the next one would be written.
-const CHECKPOINT_ROOM: Duration = Duration::from_secs(10);
+/// How much later than it is to be old enough the next checkpoint is due, at least.
+const CHECKPOINT_ROOM: Duration = Duration::from_secs(2);
 /// How long answers are judged after the index is exact again.
 const WATCH: Duration = Duration::from_secs(5);
 
@@ -46,7 +46,7 @@ pub struct RestartDetails {
     pub requests: u64,
     /// Answers to questions since the restart that the index stood by.
     pub answers: u64,
-    /// Of these, those that missed blocks that an engine had held for a second.
+    /// Of these, those that missed blocks that an engine had held for longer than the window.
     pub missed: u64,
     /// 99th percentile of their time, microseconds.
     pub score_p99_us: u64,
@@ -64,7 +64,7 @@ struct Aged {
 
 /// Runs the case, with a checkpoint or without.
 pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseReport, RecoveryError> {
-    let interval = warm.then_some(config.checkpoint_age + CHECKPOINT_ROOM);
+    let interval = warm.then_some(interval_of(config.checkpoint_age));
     let mut rig = Rig::start(config.rig(interval)).await?;
     rig.start_index()?;
     rig.wait_ready().await?;
@@ -84,7 +84,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     let (counts, stored, began) = (rig.bus().counts(), fleet.stored(), Instant::now());
     rig.kill_index().await?;
     let started = rig.start_index()?;
-    let sampler = Sampler::start(&rig, &fleet, config.seed)?;
+    let sampler = Sampler::start(&rig, &fleet, config.window, config.seed)?;
     let ready = rig.wait_ready().await?;
     let exact = rig.wait_exact(config.engines, PATIENCE).await?;
     let needed = rig.bus().counts().since(&counts);
@@ -124,6 +124,11 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     })
 }
 
+/// Time between checkpoints with which one becomes this old.
+fn interval_of(age: Duration) -> Duration {
+    age + age / 5 + CHECKPOINT_ROOM
+}
+
 /// Waits for the next checkpoint, and then until it is as old as wanted.
 async fn age_checkpoint(
     rig: &Rig,
@@ -131,7 +136,7 @@ async fn age_checkpoint(
     after: SystemTime,
     age: Duration,
 ) -> Result<Aged, RecoveryError> {
-    let wait = age + CHECKPOINT_ROOM + PATIENCE;
+    let wait = interval_of(age) + PATIENCE;
     let deadline = Instant::now() + wait;
     let written = loop {
         match rig.checkpoint_written() {

@@ -9,7 +9,7 @@
 //!   engine has held for at least [`SETTLE_MS`];
 //! * **wrong**: the answer promises a block that the engine has not held within the last [`SETTLE_MS`].
 //!
-//! The router waits up to [`PATIENCE`] for an answer and asks again meanwhile: an answer that a restarted index does not
+//! The router waits up to [`RecoveryConfig::patience`] for an answer and asks again meanwhile: an answer that a restarted index does not
 //! stand by yet (coverage 0), or none, is not used.
 
 use std::collections::HashMap;
@@ -31,8 +31,6 @@ use crate::publisher::{EnginePublisher, PublisherConfig};
 use crate::wire::{EngineHash, Event};
 use crate::workload::{Request, Workload, WorkloadConfig};
 
-/// How long a router waits for an answer before it routes without one.
-pub const PATIENCE: Duration = Duration::from_secs(1);
 /// What is younger than this may still be on its way, milliseconds.
 pub const SETTLE_MS: u64 = 250;
 /// Pause before a question is asked again.
@@ -126,7 +124,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     rig.start_index()?;
     rig.wait_ready().await?;
     let mut engines = start_engines(&rig).await?;
-    let client = rig.client(PATIENCE)?;
+    let client = rig.client(config.patience)?;
     let (clock, mut tally) = (rig.clock(), Tally::default());
     let (mut counts, mut started, mut recovery) = (rig.bus().counts(), Instant::now(), None);
     for (number, request) in requests(config)?.into_iter().enumerate() {
@@ -137,7 +135,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
             let watcher = rig.watcher().clone();
             recovery = Some(tokio::spawn(async move { watcher.recovery(ENGINES, LONGEST).await }));
         }
-        let decision = ask(&client, clock, &request).await;
+        let decision = ask(&client, clock, config.patience, &request).await;
         tally.add(&decision, &engines, &request);
         let chosen = choose(&engines, decision.rows.as_deref(), &request);
         serve(&mut engines[chosen], &request, clock, &mut tally).await?;
@@ -169,7 +167,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
             wrong: tally.wrong,
             with_prefix: tally.with_prefix,
             cached_share: rounded(tally.cached_tokens as f64 / tally.prompt_tokens.max(1) as f64),
-            patience_ms: PATIENCE.as_millis() as u64,
+            patience_ms: config.patience.as_millis() as u64,
             worst_ms: rounded(tally.worst.0.as_secs_f64() * 1e3),
             median_ms: rounded(tally.took_ms.get(tally.took_ms.len() / 2).copied().unwrap_or_default()),
             worst_tries: tally.worst.1,
@@ -193,7 +191,7 @@ async fn start_engines(rig: &Rig) -> Result<Vec<Engine>, RecoveryError> {
         let name = format!("10.0.1.{number}:8000");
         let publisher = EnginePublisher::bind(PublisherConfig::default()).await?;
         let shim = Shim::start(&shim_config(rig, &name, publisher.endpoints()), &rig.shim_bus())?;
-        publisher.wait_for_subscribers(1, LONGEST).await.map_err(|_| RecoveryError::NotFollowed(LONGEST))?;
+        publisher.wait_for_subscribers(1, LONGEST).await?;
         engines.push(Engine {
             name,
             sim: SimEngine::new(config, 0)?,
@@ -219,7 +217,7 @@ fn requests(config: &RecoveryConfig) -> Result<Vec<Request>, RecoveryError> {
 }
 
 /// Asks until an answer that the index stands by comes, or patience ends.
-async fn ask(client: &Client, clock: Clock, request: &Request) -> Decision {
+async fn ask(client: &Client, clock: Clock, patience: Duration, request: &Request) -> Decision {
     let prompt = grpc::Prompt {
         model: MODEL.to_owned(),
         input: Some(grpc::prompt::Input::TokenIds(grpc::TokenIds { ids: request.tokens.clone() })),
@@ -227,7 +225,7 @@ async fn ask(client: &Client, clock: Clock, request: &Request) -> Decision {
     };
     let question = grpc::ScoreRequest { prompt: Some(prompt), ..grpc::ScoreRequest::default() };
     let (began, mut tries) = (Instant::now(), 0);
-    let deadline = began + PATIENCE;
+    let deadline = began + patience;
     loop {
         tries += 1;
         let asked_ms = clock.now_ms();

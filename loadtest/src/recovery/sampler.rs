@@ -17,9 +17,8 @@ use super::clock::Clock;
 use super::fleet::Fleet;
 use super::rig::{MODEL, Rig};
 
-/// A claim is wrong if the engine held the block at no time of this window before the answer, milliseconds. A block is missed
-/// if the engine has held it for longer than this.
-pub const WINDOW_MS: u64 = 1_000;
+/// Largest window in which a claim may have been right: what engines held is remembered a little longer.
+pub const MAX_WINDOW: Duration = Duration::from_secs(4);
 /// Deadline of a question.
 const DEADLINE: Duration = Duration::from_secs(1);
 /// Pause after a question without an answer: nobody is there.
@@ -44,9 +43,9 @@ pub struct SampleCounts {
     pub early_answers: u64,
     /// Questions without an answer.
     pub errors: u64,
-    /// Claims in answers of either kind beyond what the engine held within the last second.
+    /// Claims in answers of either kind beyond what the engine held within the window.
     pub false_positives: u64,
-    /// Answers (coverage 1) that missed blocks that an engine had held for a second.
+    /// Answers (coverage 1) that missed blocks that an engine had held for longer than the window.
     pub missed: u64,
     latency: Histogram<u64>,
 }
@@ -56,14 +55,16 @@ struct Asker {
     clock: Clock,
     engines: Vec<(String, Arc<Mutex<ChurnEngine>>)>,
     random: StdRng,
+    window_ms: u64,
     counts: Arc<Mutex<SampleCounts>>,
 }
 
 // === impl Sampler ===
 
 impl Sampler {
-    /// Starts asking the rig's index about the fleet's chains.
-    pub fn start(rig: &Rig, fleet: &Fleet, seed: u64) -> Result<Self, EndpointError> {
+    /// Starts asking the rig's index about the fleet's chains. A claim is wrong if the engine held the block at no time of
+    /// the window (at most [`MAX_WINDOW`]) before the answer, and a block is missed if the engine has held it for longer.
+    pub fn start(rig: &Rig, fleet: &Fleet, window: Duration, seed: u64) -> Result<Self, EndpointError> {
         let counts = Arc::new(Mutex::new(SampleCounts::default()));
         let engines = fleet.engines().iter();
         let asker = Asker {
@@ -71,6 +72,7 @@ impl Sampler {
             clock: rig.clock(),
             engines: engines.map(|engine| (engine.name().to_owned(), Arc::clone(engine.model()))).collect(),
             random: StdRng::seed_from_u64(seed),
+            window_ms: window.min(MAX_WINDOW).as_millis() as u64,
             counts: Arc::clone(&counts),
         };
         Ok(Self { counts, task: tokio::spawn(asker.run()) })
@@ -122,18 +124,17 @@ impl Asker {
                 continue;
             };
             let (asked_ms, asked) = (self.clock.now_ms(), Instant::now());
-            match self.client.score(question(&chain)).await {
-                Ok(answer) => self.judge(&chain, &answer, asked_ms, asked.elapsed()),
-                Err(_) => {
-                    self.counts.lock().errors += 1;
-                    sleep(PAUSE).await;
-                }
+            if let Ok(answer) = self.client.score(question(&chain)).await {
+                self.judge(&chain, &answer, asked_ms, asked.elapsed());
+            } else {
+                self.counts.lock().errors += 1;
+                sleep(PAUSE).await;
             }
         }
     }
 
     fn judge(&self, chain: &[u64], answer: &grpc::ScoreResponse, asked_ms: u64, took: Duration) {
-        let since_ms = asked_ms.saturating_sub(WINDOW_MS);
+        let since_ms = asked_ms.saturating_sub(self.window_ms);
         let (mut wrong, mut misses) = (0, false);
         for (name, model) in &self.engines {
             let row = answer.instances.iter().find(|row| row.instance == *name);
@@ -176,4 +177,50 @@ fn question(chain: &[u64]) -> grpc::ScoreRequest {
         ..Default::default()
     };
     grpc::ScoreRequest { prompt: Some(prompt), ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use kvatlas_client::ClientConfig;
+
+    use super::*;
+    use crate::recovery::churn::MIN_CAPACITY;
+
+    fn answer(matched_blocks: u32, coverage: f64) -> grpc::ScoreResponse {
+        let row = grpc::InstanceScore { instance: "a:1".into(), matched_blocks, ..Default::default() };
+        grpc::ScoreResponse { instances: vec![row], coverage, ..Default::default() }
+    }
+
+    /// The judge must be able to find an answer guilty, of either kind.
+    #[tokio::test]
+    async fn claims_beyond_the_window_are_wrong_and_old_blocks_are_missed() {
+        let mut engine = ChurnEngine::new(1, MIN_CAPACITY, 1);
+        engine.step(600, 0);
+        let chain = engine.some_chain(&mut StdRng::seed_from_u64(1)).unwrap();
+        let all = chain.len() as u32;
+        let asker = Asker {
+            client: Client::connect(ClientConfig::new(SocketAddr::from(([127, 0, 0, 1], 1)).to_string()))
+                .unwrap(),
+            clock: Clock::start(),
+            engines: vec![("a:1".into(), Arc::new(Mutex::new(engine)))],
+            random: StdRng::seed_from_u64(1),
+            window_ms: 1_000,
+            counts: Arc::default(),
+        };
+        let judge = |matched, coverage, asked_ms| {
+            asker.judge(&chain, &answer(matched, coverage), asked_ms, Duration::from_millis(1));
+            let counts = std::mem::take(&mut *asker.counts.lock());
+            (counts.answers, counts.early_answers, counts.false_positives, counts.missed)
+        };
+        assert_eq!(judge(all, 1.0, 1_500), (1, 0, 0, 0));
+        assert_eq!(judge(all - 1, 1.0, 999), (1, 0, 0, 0), "it may still be on its way");
+        assert_eq!(judge(all - 1, 1.0, 1_000), (1, 0, 0, 1));
+        assert_eq!(judge(0, 0.0, 1_500), (0, 1, 0, 0), "the server said that it does not know yet");
+        asker.engines[0].1.lock().restart(2_000);
+        assert_eq!(judge(all, 1.0, 3_000), (1, 0, 0, 0));
+        assert_eq!(judge(all, 1.0, 3_001), (1, 0, 1, 0));
+        assert_eq!(judge(1, 0.0, 3_001), (0, 1, 1, 0), "a wrong claim is wrong whatever the server said");
+    }
 }

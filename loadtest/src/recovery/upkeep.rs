@@ -47,11 +47,11 @@ pub struct UpkeepDetails {
     pub index_percent: f64,
 }
 
-/// What a round cost in all.
+/// What a round cost in all, nanoseconds.
 struct Round {
-    shim_ns: f64,
-    index_ns: f64,
-    digest_ns: f64,
+    shim: f64,
+    index: f64,
+    digest: f64,
 }
 
 struct Parts {
@@ -79,7 +79,7 @@ pub(super) fn run(time: Duration) -> Result<CaseReport, RecoveryError> {
         all[all.len() / 2] / blocks
     };
     let (shim, index, digest) =
-        (median(|round| round.shim_ns), median(|round| round.index_ns), median(|round| round.digest_ns));
+        (median(|round| round.shim), median(|round| round.index), median(|round| round.digest));
     let (shim_percent, index_percent) = (digest / shim * 100.0, digest / index * 100.0);
     Ok(CaseReport {
         case: Case::DigestUpkeep.name(),
@@ -126,7 +126,7 @@ impl Parts {
             self.next_seq += 1;
             frames.extend(self.source.take_frames(self.next_seq, false)?);
         }
-        let shim_ns = start.elapsed().as_nanos() as f64;
+        let shim = start.elapsed().as_nanos() as f64;
 
         let start = Instant::now();
         for frame in &frames {
@@ -134,7 +134,7 @@ impl Parts {
             // Its bounds are far above one engine.
             black_box(self.index.apply(&view, frame, self.next_seq).is_ok());
         }
-        let index_ns = start.elapsed().as_nanos() as f64;
+        let index = start.elapsed().as_nanos() as f64;
 
         let changes = changes_of(&frames)?;
         let start = Instant::now();
@@ -142,8 +142,8 @@ impl Parts {
             if stored { self.digest.add(key) } else { self.digest.remove(key) }
         }
         black_box(self.digest);
-        let digest_ns = start.elapsed().as_nanos() as f64;
-        Ok(Round { shim_ns, index_ns, digest_ns })
+        let digest = start.elapsed().as_nanos() as f64;
+        Ok(Round { shim, index, digest })
     }
 }
 

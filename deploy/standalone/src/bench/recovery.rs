@@ -44,6 +44,9 @@ pub struct RecoveryArgs {
     /// Routing decisions; the index is killed in the middle.
     #[arg(long, default_value_t = 1_958, value_name = "N", value_parser = value_parser!(u32).range(10..=100_000))]
     decisions: u32,
+    /// How long the router waits for an answer before it routes without one, milliseconds.
+    #[arg(long, default_value_t = 1_000, value_name = "MS", value_parser = value_parser!(u32).range(1..=60_000))]
+    patience_ms: u32,
     /// Seed of everything that is random.
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
@@ -85,6 +88,7 @@ pub async fn run(args: &RecoveryArgs) -> Result<ExitCode, Failure> {
         loss: args.loss_percent / 100.0,
         loss_time: Duration::from_secs(args.seconds.into()),
         decisions: args.decisions as usize,
+        patience: Duration::from_millis(args.patience_ms.into()),
         seed: args.seed,
         ..RecoveryConfig::new(kvatlas, nats_server)
     };
