@@ -36,6 +36,14 @@ struct ReasonLabels {
 }
 
 #[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
+struct KindLabels {
+    model: String,
+    instance: String,
+    rank: u32,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet, Hash, PartialEq, Eq)]
 struct AdapterLabels {
     model: String,
     instance: String,
@@ -46,7 +54,7 @@ struct AdapterLabels {
 type Read = fn(&Progress) -> u64;
 
 /// Name, help and value of every counter with one value per source.
-const COUNTERS: [(&str, &str, Read); 18] = [
+const COUNTERS: [(&str, &str, Read); 20] = [
     ("kvatlas_shim_messages", "Engine messages applied", |p| p.counts.messages),
     (
         "kvatlas_shim_duplicate_messages",
@@ -77,6 +85,8 @@ const COUNTERS: [(&str, &str, Read); 18] = [
     ("kvatlas_shim_frames", "Frames published", |p| p.frames),
     ("kvatlas_shim_frame_bytes", "Bytes published", |p| p.frame_bytes),
     ("kvatlas_shim_publish_failures", "Frames that the bus refused", |p| p.publish_failures),
+    ("kvatlas_shim_answer_frames", "Frames sent to servers that asked", |p| p.requests.answer_frames),
+    ("kvatlas_shim_answer_bytes", "Bytes sent to servers that asked", |p| p.requests.answer_bytes),
 ];
 
 /// Name, help and value of every gauge with one value per source.
@@ -98,6 +108,17 @@ const DROPS: [(&str, Read); 6] = [
     ("untracked_page", |p| p.untracked_pages),
     ("unknown_medium", |p| p.mirror.unknown_medium),
     ("unknown_group", |p| p.mirror.unknown_group),
+];
+
+/// What servers ask for.
+const REQUESTS: [(&str, Read); 3] =
+    [("frames", |p| p.requests.frames), ("state", |p| p.requests.state), ("hello", |p| p.requests.hello)];
+
+/// Why requests are not answered.
+const REFUSALS: [(&str, Read); 3] = [
+    ("malformed", |p| p.requests.malformed),
+    ("overflow", |p| p.requests.overflow),
+    ("other_epoch", |p| p.requests.other_epoch),
 ];
 
 // === impl ShimCollector ===
@@ -140,8 +161,29 @@ impl Collector for ShimCollector {
                 ConstCounter::new(count).encode(metric.encode_family(&ReasonLabels::of(source, reason))?)?;
             }
         }
-        Ok(())
+        encode_requests(&mut encoder, &sources)
     }
+}
+
+fn encode_requests(encoder: &mut DescriptorEncoder<'_>, sources: &[Progress]) -> std::fmt::Result {
+    let help = "Requests of servers, by what they asked for";
+    let mut metric = encoder.encode_descriptor("kvatlas_shim_requests", help, None, MetricType::Counter)?;
+    for source in sources {
+        for (kind, read) in REQUESTS {
+            let labels = KindLabels::of(source, kind);
+            ConstCounter::new(read(source)).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+    let help = "Requests of servers that were not answered, by reason";
+    let name = "kvatlas_shim_refused_requests";
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for source in sources {
+        for (reason, read) in REFUSALS {
+            let labels = ReasonLabels::of(source, reason);
+            ConstCounter::new(read(source)).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }
 
 // === impl SourceLabels ===
@@ -153,6 +195,15 @@ impl SourceLabels {
             instance: progress.source.instance.to_string(),
             rank: progress.source.rank.0,
         }
+    }
+}
+
+// === impl KindLabels ===
+
+impl KindLabels {
+    fn of(progress: &Progress, kind: &'static str) -> Self {
+        let SourceLabels { model, instance, rank } = SourceLabels::of(progress);
+        Self { model, instance, rank, kind }
     }
 }
 

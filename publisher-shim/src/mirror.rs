@@ -24,10 +24,11 @@ use hashbrown::hash_map::Entry;
 use kvatlas_proto::frame::{FrameOwner, MAX_FRAME_OWNERS, OpBuffer};
 use kvatlas_proto::keys::{KeyVariant, LocalHash};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{BlockKey, CacheGroup, ExtraKey, GroupKind, KeyHasher, Tier};
+use kvatlas_proto::{BlockKey, CacheGroup, Digest, ExtraKey, GroupKind, KeyHasher, Tier};
 use smallvec::SmallVec;
 
 mod classify;
+mod differences;
 mod place;
 
 use classify::{canonical_medium, classify_group, classify_medium, extra_key, unlisted_lora};
@@ -190,9 +191,14 @@ impl Mirror {
         self.places.iter().map(|place| place.owner.clone()).collect()
     }
 
+    /// What each owner holds visibly, by the same numbers. Kept up to date with every change, so asking costs nothing.
+    pub fn digests(&self) -> Vec<Digest> {
+        self.places.iter().map(|place| place.digest).collect()
+    }
+
     /// Visible blocks over all owners.
     pub fn visible_blocks(&self) -> u64 {
-        self.places.iter().map(|place| place.visible).sum()
+        self.places.iter().map(|place| place.digest.count).sum()
     }
 
     /// Hashes whose key is not known yet.
@@ -223,9 +229,9 @@ impl Mirror {
     pub fn clear(&mut self, ops: &mut OpBuffer) {
         self.counts.cleared += 1;
         for (number, place) in self.places.iter_mut().enumerate() {
-            if place.visible > 0 {
+            if !place.digest.is_empty() {
                 ops.cleared(number as u8);
-                place.visible = 0;
+                place.digest = Digest::default();
             }
         }
         self.keys.clear();
@@ -253,46 +259,6 @@ impl Mirror {
             now_ns: self.now_ns,
             ..Self::new(self.hasher, self.limits, self.removal, self.block_size)
         };
-    }
-
-    /// Says the whole visible state, parents before children, in buffers of at most about `max_bytes`.
-    pub fn snapshot(&self, max_bytes: usize, mut emit: impl FnMut(&mut OpBuffer)) {
-        let mut ops = OpBuffer::default();
-        let order = self.chain_order();
-        for number in 0..self.places.len() {
-            let number = number as u8;
-            for &(parent, key) in &order {
-                if self.keys[&key].holders.get(number) > 0 {
-                    ops.stored(number, parent, key);
-                    if ops.encoded_bytes() >= max_bytes {
-                        emit(&mut ops);
-                        ops.clear();
-                    }
-                }
-            }
-        }
-        if !ops.is_empty() {
-            emit(&mut ops);
-        }
-    }
-
-    /// Visible keys with their parents, so that chains are consecutive.
-    fn chain_order(&self) -> Vec<(BlockKey, BlockKey)> {
-        let mut children: HashMap<BlockKey, SmallVec<[BlockKey; 1]>, FixedState> = HashMap::default();
-        let mut stack = Vec::new();
-        for (key, entry) in &self.keys {
-            if self.keys.contains_key(&entry.parent) {
-                children.entry(entry.parent).or_default().push(*key);
-            } else {
-                stack.push(*key);
-            }
-        }
-        let mut order = Vec::with_capacity(self.keys.len());
-        while let Some(key) = stack.pop() {
-            order.push((self.keys[&key].parent, key));
-            stack.extend(children.get(&key).into_iter().flatten());
-        }
-        order
     }
 
     fn store(&mut self, batch: &Batch, event: &Stored, ops: &mut OpBuffer) {
@@ -550,7 +516,7 @@ impl Mirror {
             .entry(link.key)
             .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
         if entry.holders.add(place) {
-            self.places[usize::from(place)].visible += 1;
+            self.places[usize::from(place)].digest.add(link.key);
             ops.stored(place, link.parent, link.key);
         }
     }
@@ -558,7 +524,7 @@ impl Mirror {
     fn release(&mut self, key: BlockKey, place: u8, ops: &mut OpBuffer) {
         let Some(entry) = self.keys.get_mut(&key) else { return };
         if entry.holders.take(place) {
-            self.places[usize::from(place)].visible -= 1;
+            self.places[usize::from(place)].digest.remove(key);
             ops.removed(place, key);
             if entry.holders.is_empty() {
                 self.keys.remove(&key);
@@ -615,7 +581,7 @@ impl Mirror {
         } else {
             Removals::NeverSeen { deadlines: HashMap::default(), queue: VecDeque::new() }
         };
-        self.places.push(Place { owner, remote, chunk: 0, visible: 0, removals });
+        self.places.push(Place { owner, remote, chunk: 0, digest: Digest::default(), removals });
         Some((self.places.len() - 1) as u8)
     }
 

@@ -23,27 +23,31 @@
 //!
 //! # What the epoch promises
 //!
-//! Within an epoch, frames are contiguous and add up to the mirror. Whenever that cannot be promised a new epoch starts
-//! with a snapshot of the mirror. So the index needs no history to be right again.
+//! An epoch begins with digests: what the mirror held when it began. From there its frames are contiguous and add up to the
+//! mirror, and every heartbeat says the mirror's digests once more. Whenever that cannot be promised a new epoch begins.
+//! Frames that were published are kept for a while to be sent again, and the mirror itself can be told to anybody who asks
+//! ([`Source::answer`]), so nobody needs the whole history to be right again.
 
 use bytes::Bytes;
-use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, OpBuffer, SourceHealth};
+use kvatlas_proto::frame::{OpBuffer, SourceHealth};
 use kvatlas_proto::keys::KEY_VERSION;
 use kvatlas_proto::scope::InvalidScopeError;
-use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, SourceId, Tier};
+use kvatlas_proto::{Digest, DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, SourceId, Tier};
 
 use crate::adapter::{self, Adapter, DecodeError, vllm};
 use crate::event::{Batch, Event};
 use crate::mirror::{Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
 use crate::repage::Repager;
 
-/// Operations per frame, in bytes. A frame of this size is far below a broker's limit and takes the index well under
-/// a millisecond, so that queries never wait long behind one.
-pub const FRAME_OPS_BYTES: usize = 64 * 1024;
+mod history;
+mod publish;
+mod sent;
 
-/// Applied messages whose fingerprints are remembered, to tell a replay's overlap from a restart. Covers vLLM's default
-/// replay buffer of 10,000.
-const HISTORY_MESSAGES: usize = 16_384;
+pub use publish::FRAME_OPS_BYTES;
+pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
+
+use history::History;
+use sent::Sent;
 
 /// What identifies and bounds a source.
 #[derive(Clone, Debug)]
@@ -89,8 +93,11 @@ pub struct Source {
     scope: Option<Scope>,
     epoch: Epoch,
     next_frame: FrameSeq,
-    /// The next frames start a new epoch with a snapshot.
+    /// What the mirror held before the operations in `ops`, by owner; owners beyond its end held nothing.
+    base: Vec<Digest>,
+    /// The next frame starts a new epoch.
     new_epoch: bool,
+    sent: Sent,
     engine_time_ns: u64,
     counts: SourceCounts,
 }
@@ -129,9 +136,6 @@ pub struct SourceCounts {
     pub rank_mismatch: u64,
 }
 
-/// Fingerprints of the messages applied last, by sequence.
-struct History(Vec<(u64, u64)>);
-
 // === impl SourceConfig ===
 
 impl SourceConfig {
@@ -149,33 +153,6 @@ impl SourceConfig {
             limits: MirrorLimits::default(),
             has_replay: false,
         }
-    }
-}
-
-// === impl History ===
-
-impl History {
-    const UNUSED: (u64, u64) = (u64::MAX, 0);
-
-    fn slot(seq: u64) -> usize {
-        (seq % HISTORY_MESSAGES as u64) as usize
-    }
-
-    fn record(&mut self, seq: u64, payload: &[u8]) {
-        if self.0.is_empty() {
-            self.0 = vec![Self::UNUSED; HISTORY_MESSAGES];
-        }
-        self.0[Self::slot(seq)] = (seq, xxhash_rust::xxh3::xxh3_64(payload));
-    }
-
-    /// `None` if nothing is remembered at this sequence.
-    fn is_same(&self, seq: u64, payload: &[u8]) -> Option<bool> {
-        let (at, fingerprint) = *self.0.get(Self::slot(seq))?;
-        (at == seq).then(|| fingerprint == xxhash_rust::xxh3::xxh3_64(payload))
-    }
-
-    fn clear(&mut self) {
-        self.0.clear();
     }
 }
 
@@ -204,14 +181,16 @@ impl Source {
             batch: Batch::default(),
             ops: OpBuffer::default(),
             last: None,
-            history: History(Vec::new()),
+            history: History::default(),
             suspect: false,
             health: SourceHealth::Exact,
             rank: config.rank.unwrap_or_default(),
             scope: None,
             epoch: Epoch(now_ns),
             next_frame: FrameSeq(0),
+            base: Vec::new(),
             new_epoch: true,
+            sent: Sent::default(),
             engine_time_ns: 0,
             counts: SourceCounts::default(),
             adapter: config.adapter,
@@ -270,21 +249,6 @@ impl Source {
     /// What the engine holds, as far as it is known.
     pub fn mirror(&self) -> &Mirror {
         &self.mirror
-    }
-
-    /// Whether there is something to publish.
-    pub fn has_frames(&self) -> bool {
-        self.scope.is_some() && (self.new_epoch || !self.ops.is_empty())
-    }
-
-    /// Whether enough is waiting for a full frame.
-    pub fn wants_flush(&self) -> bool {
-        self.ops.encoded_bytes() >= FRAME_OPS_BYTES
-    }
-
-    /// The next frames start a new epoch: somebody missed something.
-    pub fn request_snapshot(&mut self) {
-        self.new_epoch = true;
     }
 
     /// The connection to the engine was (re)made. Returns the sequence to replay from, if the engine can be asked.
@@ -370,52 +334,6 @@ impl Source {
         }
     }
 
-    /// Encodes what is waiting: live changes, or a snapshot at the start of an epoch. Nothing before the block size is
-    /// known. With `heartbeat`, an empty frame if there is nothing else.
-    pub fn take_frames(&mut self, now_ns: u64, heartbeat: bool) -> Result<Vec<Bytes>, EncodeFrameError> {
-        self.mirror.expire(now_ns, &mut self.ops);
-        let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
-        let mut header = FrameHeader {
-            scope,
-            source: self.id(),
-            variant: self.mirror.variant(),
-            epoch: self.epoch,
-            seq: self.next_frame,
-            part: FramePart::Live,
-            health: self.health,
-            engine_time_ns: std::mem::take(&mut self.engine_time_ns),
-            owners: self.mirror.owners(),
-        };
-        let mut frames = Vec::new();
-        if self.new_epoch {
-            let next = if header.seq == FrameSeq(0) { self.epoch.0 } else { self.epoch.0 + 1 };
-            header.epoch = Epoch(now_ns.max(next));
-            header.seq = FrameSeq(0);
-            self.ops.clear();
-            let mut chunks = Vec::new();
-            self.mirror.snapshot(FRAME_OPS_BYTES, |ops| chunks.push(std::mem::take(ops)));
-            let last = chunks.len().saturating_sub(1);
-            if chunks.is_empty() {
-                chunks.push(OpBuffer::default());
-            }
-            for (number, mut chunk) in chunks.into_iter().enumerate() {
-                header.part = if number == last { FramePart::SnapshotEnd } else { FramePart::Snapshot };
-                push_frame(&mut header, &mut chunk, &mut frames)?;
-            }
-            self.new_epoch = false;
-        } else {
-            while !self.ops.is_empty() {
-                let mut chunk = self.ops.take_chunk(FRAME_OPS_BYTES);
-                push_frame(&mut header, &mut chunk, &mut frames)?;
-            }
-            if frames.is_empty() && heartbeat {
-                push_frame(&mut header, &mut OpBuffer::default(), &mut frames)?;
-            }
-        }
-        (self.epoch, self.next_frame) = (header.epoch, header.seq);
-        Ok(frames)
-    }
-
     /// Forgets everything if the replayed messages show (or cannot rule out) another engine life.
     fn compare_lives(&mut self, messages: &[(u64, Bytes)]) {
         let Some(last) = self.last else { return };
@@ -445,6 +363,7 @@ impl Source {
         self.mirror.reset();
         self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
+        self.base.clear();
         self.last = None;
         self.history.clear();
         self.health = SourceHealth::Exact;
@@ -457,6 +376,7 @@ impl Source {
         self.mirror.clear(&mut self.ops);
         self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
+        self.base.clear();
         self.health = SourceHealth::EventsLost;
         self.new_epoch = true;
     }
@@ -479,7 +399,7 @@ impl Source {
             None => &self.batch,
         };
         self.mirror.apply(batch, &mut self.ops);
-        // An index matches an epoch by one variant.
+        // An index matches an epoch by one variant. What waits is said in the new one, which begins where the old one ends.
         self.new_epoch |= self.mirror.variant() != variant;
         self.note_health(self.mirror.counts().over_limit > over_limit);
         self.learn_scope();
@@ -537,14 +457,4 @@ impl Source {
             self.health = SourceHealth::OverLimit;
         }
     }
-}
-
-fn push_frame(
-    header: &mut FrameHeader,
-    ops: &mut OpBuffer,
-    frames: &mut Vec<Bytes>,
-) -> Result<(), EncodeFrameError> {
-    frames.push(Bytes::from(header.encode(ops)?));
-    header.seq = header.seq.next();
-    Ok(())
 }

@@ -32,8 +32,10 @@ enum Step {
     Clear,
     /// The engine restarts; its sequence starts over.
     Restart,
-    /// The index asks for everything.
-    Snapshot,
+    /// The shim cannot promise that what it published is all.
+    NewEpoch,
+    /// The index starts anew and sees the rest of the epoch only if it asks.
+    Forget,
 }
 
 impl fmt::Display for Step {
@@ -52,7 +54,8 @@ impl fmt::Display for Step {
             }
             Self::Clear => write!(f, "clear"),
             Self::Restart => write!(f, "restart"),
-            Self::Snapshot => write!(f, "snapshot"),
+            Self::NewEpoch => write!(f, "new epoch"),
+            Self::Forget => write!(f, "forget"),
         }
     }
 }
@@ -67,7 +70,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         6 => (at(), 0..3usize).prop_map(|((prompt, block), medium)| Step::Evict { prompt, block, medium }),
         1 => Just(Step::Clear),
         1 => Just(Step::Restart),
-        1 => Just(Step::Snapshot),
+        1 => Just(Step::NewEpoch),
+        1 => Just(Step::Forget),
     ]
 }
 
@@ -180,7 +184,7 @@ impl Engine {
                 self.keys.clear();
                 vec![cleared()]
             }
-            Step::Snapshot => vec![],
+            Step::NewEpoch | Step::Forget => vec![],
         }
     }
 
@@ -206,8 +210,10 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
     let script = || steps.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
     let (mut engine, mut source, mut reader) = (Engine::new(), source(), Reader::default());
     for (number, step) in steps.iter().enumerate() {
-        if matches!(step, Step::Snapshot) {
-            source.request_snapshot();
+        match step {
+            Step::NewEpoch => source.new_epoch(),
+            Step::Forget => reader.forget(),
+            _ => {}
         }
         for event in engine.step(step) {
             engine.time += 1.0;
@@ -215,9 +221,7 @@ fn run(steps: &[Step]) -> Result<(), TestCaseError> {
             prop_assert_eq!(source.live(engine.seq, &message, false), Live::Done);
             engine.seq += 1;
         }
-        for frame in source.take_frames(number as u64 + 1, false).unwrap() {
-            reader.read(&frame);
-        }
+        reader.follow(&mut source, number as u64 + 1, number % 3 == 0);
         prop_assert_eq!(&reader.held, &engine.truth(), "after step {} of:\n{}", number + 1, script());
         prop_assert_eq!(
             source.mirror().visible_blocks(),

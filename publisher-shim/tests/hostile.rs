@@ -66,7 +66,7 @@ fn a_medium_whose_name_is_cut_stays_one_owner() {
     let (mut source, mut reader) = (source(), Reader::default());
     let events = vec![block(1, LONG).map(), block(2, LONG).map(), removed(&[1], Some(LONG), None)];
     source.live(0, &batch(events), false);
-    source.take_frames(2, false).unwrap().iter().for_each(|frame| reader.read(frame));
+    reader.follow(&mut source, 2, true);
     assert_eq!((source.mirror().owners().len(), source.mirror().visible_blocks()), (1, 1));
     assert_eq!(source.mirror_counts().unknown_removals, 0);
     assert_eq!(reader.held.values().map(std::collections::BTreeSet::len).sum::<usize>(), 1);

@@ -124,9 +124,7 @@ fn run(size: u32, steps: &[Step]) -> Result<(), TestCaseError> {
         };
         source.live(seq, &batch_at(1e9 + seq as f64, vec![event]), false);
         seq += 1;
-        for frame in source.take_frames(seq, false).unwrap() {
-            reader.read(&frame);
-        }
+        reader.follow(&mut source, seq, true);
         let without_chunks: BTreeMap<_, _> = reader.held.clone();
         prop_assert_eq!(
             without_chunks,
@@ -182,9 +180,7 @@ fn with_extras(size: u32) -> (Vec<u64>, u64) {
     ]);
     let (mut source, mut reader) = (source(), Reader::default());
     source.live(0, &batch_at(1e9, vec![event]), false);
-    for frame in source.take_frames(2, false).unwrap() {
-        reader.read(&frame);
-    }
+    reader.follow(&mut source, 2, true);
     (reader.held.into_values().flatten().collect(), source.untracked_pages())
 }
 

@@ -30,9 +30,7 @@ impl Rig {
 
     fn publish(&mut self) {
         self.clock += 1;
-        for frame in self.source.take_frames(self.clock, false).unwrap() {
-            self.reader.read(&frame);
-        }
+        self.reader.follow(&mut self.source, self.clock, false);
     }
 
     /// Blocks the index believes in.

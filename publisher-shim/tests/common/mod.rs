@@ -2,7 +2,14 @@
 
 #![allow(dead_code, unreachable_pub)]
 
-use kvatlas_proto::frame::{Change, FrameView};
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use kvatlas_proto::digest::Buckets;
+use kvatlas_proto::frame::{Change, FrameHeader, FramePart, FrameView};
+use kvatlas_proto::request::{OwnerBuckets, Request, RequestId, Want};
+use kvatlas_proto::{BlockKey, CacheGroup, Digest, Epoch, Tier};
+use kvatlas_shim::source::Source;
 use rmpv::Value;
 
 /// A `BlockStored` event under construction.
@@ -111,31 +118,112 @@ pub fn encode(value: &Value) -> Vec<u8> {
     bytes
 }
 
-/// What a reader of all frames so far believes: owner -> keys. Checks sequences and epochs on the way.
+/// What a reader of all frames so far believes: owner -> keys. Checks sequences, epochs and digests on the way. An epoch
+/// that begins with something else than the reader holds makes it ask the source for what differs.
 #[derive(Debug, Default)]
 pub struct Reader {
-    pub held: std::collections::BTreeMap<(String, u16), std::collections::BTreeSet<u64>>,
+    pub held: Held,
     pub epoch: u64,
     pub next: u64,
     pub health: String,
-    pub complete: bool,
+    /// What is held is not what the epoch began with.
+    pub stale: bool,
+    /// Answers that were needed.
+    pub repairs: usize,
+    tiers: BTreeMap<(String, u16), Tier>,
 }
 
+/// Keys by medium and cache group; without owners that hold nothing.
+pub type Held = BTreeMap<(String, u16), BTreeSet<u64>>;
+
 impl Reader {
+    /// Loses what is held, as a server that was killed.
+    pub fn forget(&mut self) {
+        self.held.clear();
+        self.stale = true;
+    }
+
+    /// Reads what the source publishes now, and asks it if that is not enough.
+    pub fn follow(&mut self, source: &mut Source, now_ns: u64, heartbeat: bool) {
+        for frame in source.take_frames(now_ns, heartbeat).unwrap() {
+            self.read(&frame);
+        }
+        if self.stale {
+            self.repairs += 1;
+            let answer = source.answer(&self.request(self.repairs as u64)).unwrap();
+            self.repair(&answer);
+            assert!(!self.stale, "an answer makes a reader right");
+        }
+    }
+
+    /// Reads one published frame.
     pub fn read(&mut self, frame: &[u8]) {
         let view = FrameView::parse(frame).unwrap();
         let header = view.header();
         if header.epoch.0 != self.epoch {
             assert!(header.epoch.0 > self.epoch, "epochs only grow");
-            *self = Self { epoch: header.epoch.0, ..Self::default() };
+            assert_eq!(header.part, FramePart::Start, "an epoch begins with its start");
+            (self.epoch, self.next, self.stale) = (header.epoch.0, 0, false);
         }
         assert_eq!(header.seq.0, self.next, "frames are contiguous");
         self.next += 1;
         self.health = header.health.name().to_owned();
-        self.complete |= header.part == kvatlas_proto::frame::FramePart::SnapshotEnd;
+        if header.part == FramePart::Start {
+            self.stale = !self.equals(header);
+        }
+        if self.stale {
+            return;
+        }
+        self.apply(&view, &mut |_, _| unreachable!("only repairs have buckets"));
+        if !header.digests.is_empty() {
+            assert!(view.ops().next().is_none(), "frames with digests have no operations");
+            assert!(self.equals(header), "digests are those of the mirror after the frame");
+        }
+    }
+
+    /// Asks for what differs from what is held.
+    pub fn request(&self, id: u64) -> Request {
+        let owner = |(name, keys): (&(String, u16), &BTreeSet<u64>)| OwnerBuckets {
+            tier: self.tiers[name],
+            medium: name.0.clone(),
+            group: CacheGroup(name.1),
+            buckets: Buckets::of(Buckets::bits_for(keys.len() as u64), keys.iter().map(|key| BlockKey(*key))),
+        };
+        let want = Want::State(self.held.iter().map(owner).collect());
+        Request { id: RequestId(id), epoch: Epoch(self.epoch), want }
+    }
+
+    /// Applies the answer to the request that was made of what is held now.
+    pub fn repair(&mut self, answer: &[Bytes]) {
+        let bits: BTreeMap<(String, u16), u8> = self
+            .held
+            .iter()
+            .map(|(name, keys)| (name.clone(), Buckets::bits_for(keys.len() as u64)))
+            .collect();
+        for (piece, frame) in answer.iter().enumerate() {
+            let view = FrameView::parse(frame).unwrap();
+            let header = view.header();
+            let reply = header.reply.unwrap();
+            assert_eq!((header.part, header.epoch.0), (FramePart::Repair, self.epoch));
+            assert_eq!((reply.piece as usize, reply.pieces as usize), (piece, answer.len()));
+            assert_eq!(header.seq.0 + 1, self.next, "an answer is of the last published frame");
+            let known: BTreeSet<_> =
+                header.owners.iter().map(|owner| (owner.medium.clone(), owner.group.0)).collect();
+            self.held.retain(|name, _| known.contains(name));
+            let slice_of = |name: &(String, u16), key| Buckets::slice(bits[name], key);
+            self.apply(&view, &mut |name, key| slice_of(name, key));
+            if piece + 1 == answer.len() {
+                self.stale = !self.equals(header);
+            }
+        }
+    }
+
+    fn apply(&mut self, view: &FrameView<'_>, slice_of: &mut dyn FnMut(&(String, u16), BlockKey) -> u32) {
         for op in view.ops() {
-            let owner = &header.owners[op.owner];
-            let keys = self.held.entry((owner.medium.clone(), owner.group.0)).or_default();
+            let owner = &view.header().owners[op.owner];
+            let name = (owner.medium.clone(), owner.group.0);
+            self.tiers.insert(name.clone(), owner.tier);
+            let keys = self.held.entry(name.clone()).or_default();
             match op.change {
                 Change::Stored { keys: run, .. } => {
                     for key in run.iter() {
@@ -148,8 +236,28 @@ impl Reader {
                     }
                 }
                 Change::Cleared => keys.clear(),
+                Change::Bucket { slice, blocks } => {
+                    keys.retain(|key| slice_of(&name, BlockKey(*key)) != slice);
+                    for (_, key) in blocks.iter() {
+                        assert_eq!(slice_of(&name, key), slice, "a slice has its own blocks only");
+                        assert!(keys.insert(key.0), "a block is in one slice");
+                    }
+                }
             }
         }
         self.held.retain(|_, keys| !keys.is_empty());
+    }
+
+    fn equals(&self, header: &FrameHeader) -> bool {
+        let named: BTreeMap<_, _> = header
+            .owners
+            .iter()
+            .map(|owner| (owner.medium.clone(), owner.group.0))
+            .zip(&header.digests)
+            .filter(|(_, digest)| !digest.is_empty())
+            .collect();
+        let digest = |keys: &BTreeSet<u64>| Digest::of(keys.iter().map(|key| BlockKey(*key)));
+        named.len() == self.held.len()
+            && self.held.iter().all(|(name, keys)| named.get(name) == Some(&&digest(keys)))
     }
 }
