@@ -269,7 +269,10 @@ impl Source {
             self.suspect = false;
             if self.last.is_some() {
                 self.restart();
-                self.health = SourceHealth::EventsLost;
+                // The very first message begins a life of which nothing was missed.
+                if seq > self.first_seq() {
+                    self.health = SourceHealth::EventsLost;
+                }
             }
         }
         match self.last {

@@ -1,0 +1,566 @@
+//! What can happen in a simulation, as text that people read and write. A scenario is a line about the world and then
+//! one line per step:
+//!
+//! ```text
+//! seed 7 engines 2 device 24 host 8 replay 50 indexes 1 files
+//! t=0.250 engine 1 serves 12 blocks of #3
+//! t=0.900 bus shim 1 <-> index 0 loses 20% for 3.000s
+//! t=1.250 index 0 is killed for 0.300s (disk torn)
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::prompts::PROMPTS;
+
+/// Most engines, indexes, and device blocks per engine: worlds are small, so that there can be many.
+const MAX_ENGINES: usize = 16;
+const MAX_INDEXES: usize = 4;
+const MAX_DEVICE_BLOCKS: usize = 4_096;
+
+/// A simulation from beginning to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scenario {
+    /// The world that it happens in.
+    pub world: WorldConfig,
+    /// What happens, in order of time.
+    pub steps: Vec<Step>,
+}
+
+/// The size of a simulated world.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorldConfig {
+    /// Seed of every choice that the steps leave open (which messages get lost).
+    pub seed: u64,
+    /// Engines, each with its shim.
+    pub engines: usize,
+    /// Blocks of each engine's device memory.
+    pub device_blocks: usize,
+    /// Blocks of each engine's host memory; 0: none.
+    pub host_blocks: usize,
+    /// Messages in each engine's replay buffer; 0: no replay socket.
+    pub replay_messages: usize,
+    /// Index replicas.
+    pub indexes: usize,
+    /// Shims and indexes keep their state in files.
+    pub files: bool,
+}
+
+/// One thing that happens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// When, milliseconds from the start.
+    pub at_ms: u64,
+    /// What.
+    pub op: Op,
+}
+
+/// What happens. Durations are in milliseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// A request: the first blocks of a prompt; those not held yet are stored, others evicted for them.
+    Serve {
+        /// Which engine.
+        engine: usize,
+        /// Which prompt.
+        prompt: usize,
+        /// How much of it.
+        blocks: usize,
+    },
+    /// The engine evicts blocks from its device, any.
+    Evict {
+        /// Which engine.
+        engine: usize,
+        /// How many.
+        blocks: usize,
+    },
+    /// The engine copies blocks of its device to its host memory.
+    Offload {
+        /// Which engine.
+        engine: usize,
+        /// How many.
+        blocks: usize,
+    },
+    /// The engine resets its cache.
+    Reset {
+        /// Which engine.
+        engine: usize,
+    },
+    /// The engine dies and another life begins after a while.
+    RestartEngine {
+        /// Which engine.
+        engine: usize,
+        /// How long it is away.
+        for_ms: u64,
+    },
+    /// The event socket drops messages without a reconnect.
+    LoseEvents {
+        /// Which engine.
+        engine: usize,
+        /// How many.
+        messages: usize,
+    },
+    /// The event socket is disconnected for a while.
+    CutEvents {
+        /// Which engine.
+        engine: usize,
+        /// How long.
+        for_ms: u64,
+    },
+    /// The replay socket does not answer for a while.
+    HoldReplay {
+        /// Which engine.
+        engine: usize,
+        /// How long.
+        for_ms: u64,
+    },
+    /// A process is killed and started again after a while.
+    Kill {
+        /// Which.
+        process: Process,
+        /// How long it is away.
+        for_ms: u64,
+        /// What is left of its file.
+        disk: DiskFault,
+    },
+    /// A process does nothing for a while; messages wait for it.
+    Stall {
+        /// Which.
+        process: Process,
+        /// How long.
+        for_ms: u64,
+    },
+    /// The clock of a shim's host is set back; the shim notices when it starts again.
+    SetBack {
+        /// Which shim.
+        shim: usize,
+        /// How far.
+        by_ms: u64,
+    },
+    /// Something is wrong with the bus for a while.
+    Bus {
+        /// Between which shim and index; `None`: everywhere.
+        pair: Option<(usize, usize)>,
+        /// What.
+        fault: BusFault,
+        /// How long.
+        for_ms: u64,
+    },
+}
+
+/// A process of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Process {
+    /// A shim, by the number of its engine.
+    Shim(usize),
+    /// An index replica.
+    Index(usize),
+}
+
+/// What a kill does to a process's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFault {
+    /// Nothing: the last content that was written is there.
+    None,
+    /// The last write did not reach the disk; the content before it is there.
+    Old,
+    /// The file ends early.
+    Torn,
+    /// One byte is another one.
+    Flipped,
+    /// The file is gone.
+    Lost,
+}
+
+/// What is wrong with the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusFault {
+    /// A share of the messages is lost.
+    Loss {
+        /// Percent.
+        percent: u32,
+    },
+    /// A share of the messages arrives twice.
+    Duplicates {
+        /// Percent.
+        percent: u32,
+    },
+    /// A share of the messages arrives damaged.
+    Damage {
+        /// Percent.
+        percent: u32,
+    },
+    /// Each message takes its own time, so that the order changes.
+    Delay {
+        /// Longest delay.
+        up_to_ms: u64,
+    },
+    /// Nothing passes.
+    Cut,
+}
+
+/// A line is not of a scenario.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a line of a scenario: see the operations in the module's documentation")]
+pub struct ParseScenarioError(String);
+
+/// A duration as text.
+struct Seconds(u64);
+
+// === impl Op ===
+
+impl Op {
+    /// Kinds of operations, for counters: what people call the fault.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Serve { .. } => "serve",
+            Self::Evict { .. } => "evict",
+            Self::Offload { .. } => "offload",
+            Self::Reset { .. } => "engine_reset",
+            Self::RestartEngine { .. } => "engine_restart",
+            Self::LoseEvents { .. } => "engine_events_lost",
+            Self::CutEvents { .. } => "engine_link_cut",
+            Self::HoldReplay { .. } => "engine_replay_away",
+            Self::Kill { process: Process::Shim(_), .. } => "shim_kill",
+            Self::Kill { process: Process::Index(_), .. } => "index_kill",
+            Self::Stall { process: Process::Shim(_), .. } => "shim_stall",
+            Self::Stall { process: Process::Index(_), .. } => "index_stall",
+            Self::SetBack { .. } => "clock_set_back",
+            Self::Bus { fault, .. } => match fault {
+                BusFault::Loss { .. } => "bus_loss",
+                BusFault::Duplicates { .. } => "bus_duplicates",
+                BusFault::Damage { .. } => "bus_damage",
+                BusFault::Delay { .. } => "bus_delay",
+                BusFault::Cut => "bus_cut",
+            },
+        }
+    }
+
+    /// True if the world has what this is about.
+    fn fits(&self, world: &WorldConfig) -> bool {
+        let has = |process: &Process| match process {
+            Process::Shim(shim) => *shim < world.engines,
+            Process::Index(index) => *index < world.indexes,
+        };
+        match self {
+            Self::Serve { engine, prompt, .. } => *engine < world.engines && *prompt < PROMPTS,
+            Self::Evict { engine, .. }
+            | Self::Offload { engine, .. }
+            | Self::Reset { engine }
+            | Self::RestartEngine { engine, .. }
+            | Self::LoseEvents { engine, .. }
+            | Self::CutEvents { engine, .. }
+            | Self::HoldReplay { engine, .. } => *engine < world.engines,
+            Self::Kill { process, .. } | Self::Stall { process, .. } => has(process),
+            Self::SetBack { shim, .. } => *shim < world.engines,
+            Self::Bus { pair, .. } => {
+                pair.is_none_or(|(shim, index)| has(&Process::Shim(shim)) && has(&Process::Index(index)))
+            }
+        }
+    }
+
+    /// How long its effect lasts, milliseconds.
+    pub fn lasts_ms(&self) -> u64 {
+        match self {
+            Self::RestartEngine { for_ms, .. }
+            | Self::CutEvents { for_ms, .. }
+            | Self::HoldReplay { for_ms, .. }
+            | Self::Kill { for_ms, .. }
+            | Self::Stall { for_ms, .. }
+            | Self::Bus { for_ms, .. } => *for_ms,
+            _ => 0,
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Serve { engine, prompt, blocks } => {
+                write!(f, "engine {engine} serves {blocks} blocks of #{prompt}")
+            }
+            Self::Evict { engine, blocks } => write!(f, "engine {engine} evicts {blocks} blocks"),
+            Self::Offload { engine, blocks } => write!(f, "engine {engine} offloads {blocks} blocks"),
+            Self::Reset { engine } => write!(f, "engine {engine} resets its cache"),
+            Self::RestartEngine { engine, for_ms } => {
+                write!(f, "engine {engine} restarts after {}", Seconds(*for_ms))
+            }
+            Self::LoseEvents { engine, messages } => {
+                write!(f, "engine {engine} link loses {messages} messages")
+            }
+            Self::CutEvents { engine, for_ms } => {
+                write!(f, "engine {engine} link is cut for {}", Seconds(*for_ms))
+            }
+            Self::HoldReplay { engine, for_ms } => {
+                write!(f, "engine {engine} replay is away for {}", Seconds(*for_ms))
+            }
+            Self::Kill { process, for_ms, disk } => {
+                write!(f, "{process} is killed for {}{disk}", Seconds(*for_ms))
+            }
+            Self::Stall { process, for_ms } => write!(f, "{process} stalls for {}", Seconds(*for_ms)),
+            Self::SetBack { shim, by_ms } => write!(f, "shim {shim} clock is set back by {}", Seconds(*by_ms)),
+            Self::Bus { pair: None, fault, for_ms } => write!(f, "bus {fault} for {}", Seconds(*for_ms)),
+            Self::Bus { pair: Some((shim, index)), fault, for_ms } => {
+                write!(f, "bus shim {shim} <-> index {index} {fault} for {}", Seconds(*for_ms))
+            }
+        }
+    }
+}
+
+impl FromStr for Op {
+    type Err = ParseScenarioError;
+
+    fn from_str(text: &str) -> Result<Self, ParseScenarioError> {
+        let words: Vec<&str> = text.split_whitespace().collect();
+        parse_op(&words).ok_or_else(|| ParseScenarioError(text.to_owned()))
+    }
+}
+
+fn parse_op(words: &[&str]) -> Option<Op> {
+    Some(match words {
+        ["engine", engine, rest @ ..] => parse_engine_op(engine.parse().ok()?, rest)?,
+        ["shim", shim, "clock", "is", "set", "back", "by", time] => {
+            Op::SetBack { shim: shim.parse().ok()?, by_ms: parse_seconds(time)? }
+        }
+        [kind @ ("shim" | "index"), number, rest @ ..] => {
+            let number = number.parse().ok()?;
+            let process = if *kind == "shim" { Process::Shim(number) } else { Process::Index(number) };
+            match rest {
+                ["is", "killed", "for", time, disk @ ..] => {
+                    Op::Kill { process, for_ms: parse_seconds(time)?, disk: parse_disk(disk)? }
+                }
+                ["stalls", "for", time] => Op::Stall { process, for_ms: parse_seconds(time)? },
+                _ => return None,
+            }
+        }
+        ["bus", "shim", shim, "<->", "index", index, fault @ .., "for", time] => Op::Bus {
+            pair: Some((shim.parse().ok()?, index.parse().ok()?)),
+            fault: parse_bus_fault(fault)?,
+            for_ms: parse_seconds(time)?,
+        },
+        ["bus", fault @ .., "for", time] => {
+            Op::Bus { pair: None, fault: parse_bus_fault(fault)?, for_ms: parse_seconds(time)? }
+        }
+        _ => return None,
+    })
+}
+
+fn parse_engine_op(engine: usize, words: &[&str]) -> Option<Op> {
+    Some(match words {
+        ["serves", blocks, "blocks", "of", prompt] => Op::Serve {
+            engine,
+            prompt: prompt.strip_prefix('#')?.parse().ok()?,
+            blocks: blocks.parse().ok()?,
+        },
+        ["evicts", blocks, "blocks"] => Op::Evict { engine, blocks: blocks.parse().ok()? },
+        ["offloads", blocks, "blocks"] => Op::Offload { engine, blocks: blocks.parse().ok()? },
+        ["resets", "its", "cache"] => Op::Reset { engine },
+        ["restarts", "after", time] => Op::RestartEngine { engine, for_ms: parse_seconds(time)? },
+        ["link", "loses", messages, "messages"] => {
+            Op::LoseEvents { engine, messages: messages.parse().ok()? }
+        }
+        ["link", "is", "cut", "for", time] => Op::CutEvents { engine, for_ms: parse_seconds(time)? },
+        ["replay", "is", "away", "for", time] => Op::HoldReplay { engine, for_ms: parse_seconds(time)? },
+        _ => return None,
+    })
+}
+
+fn parse_bus_fault(words: &[&str]) -> Option<BusFault> {
+    let percent = |word: &str| word.strip_suffix('%')?.parse().ok();
+    Some(match words {
+        ["loses", share] => BusFault::Loss { percent: percent(share)? },
+        ["duplicates", share] => BusFault::Duplicates { percent: percent(share)? },
+        ["damages", share] => BusFault::Damage { percent: percent(share)? },
+        ["delays", "up", "to", time] => BusFault::Delay { up_to_ms: parse_seconds(time)? },
+        ["is", "cut"] => BusFault::Cut,
+        _ => return None,
+    })
+}
+
+fn parse_disk(words: &[&str]) -> Option<DiskFault> {
+    match words {
+        [] => Some(DiskFault::None),
+        ["(disk", what] => DiskFault::ALL.into_iter().find(|fault| what.strip_suffix(')') == fault.name()),
+        _ => None,
+    }
+}
+
+fn parse_seconds(word: &str) -> Option<u64> {
+    let seconds: f64 = word.strip_suffix('s')?.parse().ok()?;
+    Some((seconds * 1e3).round() as u64)
+}
+
+// === impl Process ===
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shim(number) => write!(f, "shim {number}"),
+            Self::Index(number) => write!(f, "index {number}"),
+        }
+    }
+}
+
+// === impl DiskFault ===
+
+impl DiskFault {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::None, Self::Old, Self::Torn, Self::Flipped, Self::Lost];
+
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Old => Some("old"),
+            Self::Torn => Some("torn"),
+            Self::Flipped => Some("flipped"),
+            Self::Lost => Some("lost"),
+        }
+    }
+}
+
+impl fmt::Display for DiskFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.name().map_or(Ok(()), |name| write!(f, " (disk {name})"))
+    }
+}
+
+// === impl BusFault ===
+
+impl fmt::Display for BusFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loss { percent } => write!(f, "loses {percent}%"),
+            Self::Duplicates { percent } => write!(f, "duplicates {percent}%"),
+            Self::Damage { percent } => write!(f, "damages {percent}%"),
+            Self::Delay { up_to_ms } => write!(f, "delays up to {}", Seconds(*up_to_ms)),
+            Self::Cut => f.write_str("is cut"),
+        }
+    }
+}
+
+// === impl Seconds ===
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{:03}s", self.0 / 1_000, self.0 % 1_000)
+    }
+}
+
+// === impl Step ===
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "t={} {}", Seconds(self.at_ms), self.op)
+    }
+}
+
+impl FromStr for Step {
+    type Err = ParseScenarioError;
+
+    fn from_str(text: &str) -> Result<Self, ParseScenarioError> {
+        let error = || ParseScenarioError(text.to_owned());
+        let (time, op) = text.trim().split_once(' ').ok_or_else(error)?;
+        let at_ms = time.strip_prefix("t=").and_then(parse_seconds).ok_or_else(error)?;
+        Ok(Self { at_ms, op: op.parse()? })
+    }
+}
+
+// === impl WorldConfig ===
+
+impl fmt::Display for WorldConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, engines, device_blocks, host_blocks, replay_messages, indexes, files } = self;
+        write!(f, "seed {seed} engines {engines} device {device_blocks} host {host_blocks} ")?;
+        write!(f, "replay {replay_messages} indexes {indexes} {}", if *files { "files" } else { "diskless" })
+    }
+}
+
+impl FromStr for WorldConfig {
+    type Err = ParseScenarioError;
+
+    fn from_str(text: &str) -> Result<Self, ParseScenarioError> {
+        parse_world(text).ok_or_else(|| ParseScenarioError(text.to_owned()))
+    }
+}
+
+fn parse_world(text: &str) -> Option<WorldConfig> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let [
+        "seed",
+        seed,
+        "engines",
+        engines,
+        "device",
+        device,
+        "host",
+        host,
+        "replay",
+        replay,
+        "indexes",
+        indexes,
+        files @ ("files" | "diskless"),
+    ] = words.as_slice()
+    else {
+        return None;
+    };
+    Some(WorldConfig {
+        seed: seed.parse().ok()?,
+        engines: engines.parse().ok()?,
+        device_blocks: device.parse().ok()?,
+        host_blocks: host.parse().ok()?,
+        replay_messages: replay.parse().ok()?,
+        indexes: indexes.parse().ok()?,
+        files: *files == "files",
+    })
+}
+
+// === impl Scenario ===
+
+impl Scenario {
+    /// True if every step is about something that the world has, and the world is not larger than it may be.
+    pub fn fits(&self) -> bool {
+        let WorldConfig { engines, indexes, device_blocks, .. } = self.world;
+        (1..=MAX_ENGINES).contains(&engines)
+            && (1..=MAX_INDEXES).contains(&indexes)
+            && (1..=MAX_DEVICE_BLOCKS).contains(&device_blocks)
+            && self.steps.iter().all(|step| step.op.fits(&self.world))
+    }
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.world)?;
+        self.steps.iter().try_for_each(|step| writeln!(f, "{step}"))
+    }
+}
+
+impl FromStr for Scenario {
+    type Err = ParseScenarioError;
+
+    fn from_str(text: &str) -> Result<Self, ParseScenarioError> {
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let world = lines.next().ok_or_else(|| ParseScenarioError(String::new()))?.parse()?;
+        let mut steps = lines.map(str::parse).collect::<Result<Vec<Step>, _>>()?;
+        steps.sort_by_key(|step| step.at_ms);
+        let scenario = Self { world, steps };
+        if scenario.fits() { Ok(scenario) } else { Err(ParseScenarioError(scenario.to_string())) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_are_not_understood_are_named() {
+        for bad in ["", "seed x", "seed 7 engines 2"] {
+            assert!(bad.parse::<Scenario>().is_err(), "{bad}");
+        }
+        let error = "t=1.000s engine 0 explodes".parse::<Step>().unwrap_err();
+        assert!(error.to_string().contains("engine 0 explodes"), "{error}");
+        for bad in ["1.0s engine 0 resets its cache", "t=1s index 0 is killed for 1s (disk wet)", "t=1s bus loses 5 for 1s"]
+        {
+            assert!(bad.parse::<Step>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! A simulated shim process: what the shell around [`Source`] does with sockets, timers and its state file, in virtual
+//! time. The source and its file are the real ones.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use kvatlas_proto::InstanceId;
+use kvatlas_proto::request::{Request, RequestId, Want};
+use kvatlas_shim::source::{Live, Source, SourceConfig};
+
+use super::bus::Kind;
+use super::disk::Disk;
+use super::engine::Content;
+use super::op::{DiskFault, Process};
+use super::reference::content_of_answer;
+use super::rng::Rng;
+use super::world::{Event, World};
+
+/// Model of all simulated engines.
+pub(super) const MODEL: &str = "simulated";
+/// Time after which a replay socket that says nothing is given up, microseconds.
+pub(super) const REPLAY_TIMEOUT_US: u64 = 6_000_000;
+/// Time after which a replay socket that refuses connections is given up, microseconds.
+pub(super) const REPLAY_REFUSED_US: u64 = 200_000;
+/// Wall clock at the start of a simulation, nanoseconds since the Unix epoch.
+const START_NS: u64 = 1_700_000_000_000_000_000;
+/// How long changes wait for company, microseconds.
+const LINGER_US: u64 = 2_000;
+/// Time between two heartbeats, microseconds.
+const HEARTBEAT_US: u64 = 1_000_000;
+/// Longest wait before a greeting is answered, and the shortest time between two such answers, microseconds.
+const GREETED_US: u64 = 50_000;
+const GREETED_SPACING_US: u64 = 200_000;
+/// Time between two writes of the state file, microseconds. Shorter than the shell's, so that simulations have some.
+const SAVE_US: u64 = 1_500_000;
+
+/// One shim process, alive or dead.
+#[derive(Default)]
+pub(super) struct ShimProcess {
+    source: Option<Source>,
+    pub(super) life: u32,
+    pub(super) stalled_until_us: u64,
+    disk: Disk,
+    clock_back_ns: u64,
+    inbox: VecDeque<Inbound>,
+    /// A replay is under way; the message that asked for it is offered again after it.
+    replaying: Option<Option<(u64, Bytes)>>,
+    /// Requests that came while nothing could be answered.
+    asked: VecDeque<(usize, Bytes)>,
+    flush_due: bool,
+    /// When the last greeting was answered.
+    greeted_us: Option<u64>,
+}
+
+/// What arrives from the engine.
+enum Inbound {
+    Connected,
+    Message(u64, Bytes),
+}
+
+// === impl ShimProcess ===
+
+impl ShimProcess {
+    pub(super) fn lives(&self, life: u32) -> bool {
+        self.is_up() && self.life == life
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.source.is_some()
+    }
+
+    pub(super) fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
+    /// True while a replay is waited for, during which nothing is published.
+    pub(super) fn is_replaying(&self) -> bool {
+        self.replaying.is_some()
+    }
+
+    /// Kills the process. Returns the number of its next life, or `None` if it was dead.
+    pub(super) fn kill(&mut self, fault: DiskFault, rng: &mut Rng) -> Option<u32> {
+        self.source.take()?;
+        let (mut disk, life) = (std::mem::take(&mut self.disk), self.life + 1);
+        disk.fail(fault, rng);
+        *self = Self { disk, life, clock_back_ns: self.clock_back_ns, ..Self::default() };
+        Some(life)
+    }
+
+    /// The host's clock is set back. A running process follows a clock that does not go back.
+    pub(super) fn set_clock_back(&mut self, by_ms: u64) {
+        // Odd, so that no life begins at the very nanosecond of another one.
+        self.clock_back_ns += by_ms * 1_000_000 + 1;
+    }
+
+    fn now_ns(&self, now_us: u64) -> u64 {
+        START_NS + now_us * 1_000 - self.clock_back_ns
+    }
+
+    /// What the mirror holds now, by its own answer. Everything must have been published.
+    pub(super) fn mirror(&mut self) -> Result<Content, String> {
+        let Some(source) = &mut self.source else { return Err("the process is dead".to_owned()) };
+        let request =
+            Request { id: RequestId(0), epoch: source.position().0, want: Want::State(Vec::new()) };
+        let answer = source.answer(&request).map_err(|error| error.to_string())?;
+        Ok(content_of_answer(&answer))
+    }
+}
+
+// === impl World: shims ===
+
+impl World {
+    pub(super) fn start_shim(&mut self, number: usize) {
+        let now_us = self.now_us;
+        let has_replay = self.engines[number].engine.has_replay();
+        let shim = &mut self.shims[number];
+        let now_ns = shim.now_ns(now_us);
+        let config = SourceConfig {
+            has_replay,
+            ..SourceConfig::new(MODEL, InstanceId::new(super::name(number)).expect("a plain name"))
+        };
+        let source = Source::new(config, now_ns).expect("a plain model name");
+        shim.source = Some(source);
+        let life = shim.life;
+        self.log.line(now_us, format_args!("shim {number} starts"));
+        // Heartbeats of different shims are not in step.
+        let first_us = self.between((1_000, HEARTBEAT_US));
+        self.after(first_us, Event::Heartbeat { shim: number, life });
+        if self.files {
+            let first_us = self.between((1_000, SAVE_US));
+            self.after(first_us, Event::Save { process: Process::Shim(number), life });
+        }
+        self.reconnect(number);
+    }
+
+    pub(super) fn save_shim(&mut self, _number: usize) {}
+
+    pub(super) fn on_engine_connected(&mut self, shim: usize) {
+        self.shims[shim].inbox.push_back(Inbound::Connected);
+        self.drain(shim);
+    }
+
+    pub(super) fn on_engine_message(&mut self, shim: usize, seq: u64, payload: Bytes) {
+        self.shims[shim].inbox.push_back(Inbound::Message(seq, payload));
+        self.drain(shim);
+    }
+
+    /// Deals with what came from the engine, until a replay has to be waited for.
+    fn drain(&mut self, number: usize) {
+        while self.shims[number].replaying.is_none() {
+            let shim = &mut self.shims[number];
+            let (Some(source), Some(inbound)) = (&mut shim.source, shim.inbox.pop_front()) else { break };
+            let (from, again) = match inbound {
+                Inbound::Connected => (source.connected(), None),
+                Inbound::Message(seq, payload) => match source.live(seq, &payload, false) {
+                    Live::Done => (None, None),
+                    Live::Replay { from } => (Some(from), Some((seq, payload))),
+                },
+            };
+            if let Some(from) = from {
+                shim.replaying = Some(again);
+                let life = shim.life;
+                self.log.line(self.now_us, format_args!("shim {number} replays from {from}"));
+                self.after(100, Event::ReplayAsked { shim: number, life, from });
+            }
+        }
+        self.after_changes(number);
+    }
+
+    pub(super) fn on_replay_ends(
+        &mut self,
+        number: usize,
+        from: u64,
+        messages: Option<Vec<(u64, Bytes)>>,
+    ) {
+        let shim = &mut self.shims[number];
+        let Some(source) = &mut shim.source else { return };
+        let count = messages.as_ref().map(Vec::len);
+        if let Some(messages) = &messages {
+            source.replayed(from, messages);
+        }
+        if let Some((seq, payload)) = shim.replaying.take().flatten() {
+            source.live(seq, &payload, true);
+        }
+        self.log.line(self.now_us, format_args!("shim {number} replayed {count:?}"));
+        *self.counts.repairs.entry("engine_replay").or_default() += u64::from(count.is_some());
+        self.drain(number);
+        for (index, payload) in std::mem::take(&mut self.shims[number].asked) {
+            self.answer(number, index, &payload);
+        }
+    }
+
+    /// Publishes at once or soon, if there is something.
+    fn after_changes(&mut self, number: usize) {
+        let shim = &mut self.shims[number];
+        let Some(source) = &shim.source else { return };
+        if shim.replaying.is_some() || !source.has_frames() {
+            return;
+        }
+        if source.wants_flush() {
+            self.publish(number, false);
+        } else if !shim.flush_due {
+            shim.flush_due = true;
+            let life = shim.life;
+            self.after(LINGER_US, Event::Flush { shim: number, life });
+        }
+    }
+
+    pub(super) fn on_flush(&mut self, number: usize) {
+        self.shims[number].flush_due = false;
+        if !self.shims[number].is_replaying() {
+            self.publish(number, false);
+        }
+    }
+
+    pub(super) fn on_heartbeat(&mut self, number: usize) {
+        let life = self.shims[number].life;
+        self.after(HEARTBEAT_US, Event::Heartbeat { shim: number, life });
+        if !self.shims[number].is_replaying() {
+            self.publish(number, true);
+        }
+    }
+
+    pub(super) fn on_greeted(&mut self, number: usize) {
+        if !self.shims[number].is_replaying() {
+            self.publish(number, true);
+        }
+    }
+
+    fn publish(&mut self, number: usize, heartbeat: bool) {
+        let now_us = self.now_us;
+        let shim = &mut self.shims[number];
+        let now_ns = shim.now_ns(now_us);
+        let Some(source) = &mut shim.source else { return };
+        let frames = match source.take_frames(now_ns, heartbeat) {
+            Ok(frames) => frames,
+            Err(error) => return self.fail("frames can be encoded", error.to_string()),
+        };
+        if frames.is_empty() {
+            return;
+        }
+        let (epoch, next) = source.position();
+        self.log.line(
+            now_us,
+            format_args!("shim {number} publishes {} up to {}.{}", frames.len(), epoch.0, next.0),
+        );
+        let judged =
+            shim.mirror().and_then(|mirror| self.reference.published(number, &frames, &mirror));
+        if let Err(error) = judged {
+            return self.fail("frames add up to the mirror", error);
+        }
+        self.counts.frames += frames.len() as u64;
+        for frame in frames {
+            for index in 0..self.indexes.len() {
+                self.to_index(number, index, Kind::Event, &frame);
+            }
+        }
+    }
+
+    pub(super) fn on_shim_message(&mut self, number: usize, index: usize, kind: Kind, payload: &Bytes) {
+        match kind {
+            Kind::Hello => {
+                let now_us = self.now_us;
+                let shim = &mut self.shims[number];
+                if shim.greeted_us.is_none_or(|last| now_us - last >= GREETED_SPACING_US) {
+                    shim.greeted_us = Some(now_us);
+                    let life = shim.life;
+                    let wait_us = self.between((0, GREETED_US));
+                    self.after(wait_us, Event::Greeted { shim: number, life });
+                }
+            }
+            Kind::Request if self.shims[number].is_replaying() => {
+                self.shims[number].asked.push_back((index, payload.clone()));
+            }
+            _ => self.answer(number, index, payload),
+        }
+    }
+
+    fn answer(&mut self, number: usize, index: usize, payload: &Bytes) {
+        let Ok(request) = Request::parse(payload) else {
+            self.counts.damaged += 1;
+            return;
+        };
+        if self.shims[number].is_replaying() {
+            self.shims[number].asked.push_back((index, payload.clone()));
+            return;
+        }
+        self.publish(number, false);
+        let Some(source) = &mut self.shims[number].source else { return };
+        let other_epoch = source.position().0 != request.epoch;
+        let answer = match source.answer(&request) {
+            Ok(answer) => answer,
+            Err(error) => return self.fail("answers can be encoded", error.to_string()),
+        };
+        self.log.line(
+            self.now_us,
+            format_args!("shim {number} answers {:?} of index {index}: {}", request.id, answer.len()),
+        );
+        if other_epoch {
+            self.publish(number, true);
+        }
+        for frame in answer {
+            self.to_index(number, index, Kind::Reply, &frame);
+        }
+    }
+
+    /// Sends over the bus, as it is now.
+    fn to_index(&mut self, shim: usize, index: usize, kind: Kind, frame: &Bytes) {
+        let frame = self.sabotage.frame(frame);
+        let fingerprint = xxhash_rust::xxh3::xxh3_64(&frame);
+        let deliveries = self.bus.send((shim, index), kind, &frame, self.now_us);
+        self.log.line(
+            self.now_us,
+            format_args!(
+                "shim {shim} -> index {index} {kind:?} {} bytes {fingerprint:016x} x{}",
+                frame.len(),
+                deliveries.len()
+            ),
+        );
+        self.counts.bytes += frame.len() as u64;
+        if !self.indexes[index].is_up() {
+            return;
+        }
+        let life = self.indexes[index].life;
+        for delivery in deliveries {
+            let payload = delivery.payload;
+            self.at(delivery.at_us, Event::ToIndex { index, life, shim, kind, payload });
+        }
+    }
+}
