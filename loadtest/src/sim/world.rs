@@ -38,6 +38,8 @@ pub(super) struct World {
     /// A clock was set back: a source may be taken for an older life until its lease has ended.
     pub(super) clock_went_back: bool,
     rng: Rng,
+    /// What happens to processes that stand still, once they go on.
+    waiting: BTreeMap<Process, Vec<Event>>,
     queue: BinaryHeap<Reverse<(u64, u64)>>,
     events: BTreeMap<(u64, u64), Event>,
     scheduled: u64,
@@ -72,6 +74,8 @@ pub(super) enum Event {
     EngineStarts { engine: usize },
     /// An attempt to connect.
     LinkUp { engine: usize },
+    /// The shim hears of its connection.
+    EngineConnected { engine: usize, connection: u64 },
     /// A message arrives at the shim's socket.
     EngineMessage { engine: usize, connection: u64, seq: u64, payload: Bytes },
     /// A replay request arrives at the engine.
@@ -94,8 +98,18 @@ pub(super) enum Event {
     Tick { index: usize, life: u32 },
     /// A process writes its file.
     Save { process: Process, life: u32 },
+    /// A process that stood still goes on.
+    GoesOn { process: Process },
     /// A killed process starts.
     Starts { process: Process, life: u32 },
+}
+
+// === impl EngineSide ===
+
+impl EngineSide {
+    fn is_connected(&self, connection: u64) -> bool {
+        self.link.up && self.link.connection == connection
+    }
 }
 
 // === impl World ===
@@ -126,6 +140,7 @@ impl World {
             reference: Reference::new(config.engines),
             clock_went_back: false,
             rng: Rng::new(seed, "world", 0),
+            waiting: BTreeMap::new(),
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             scheduled: 0,
@@ -183,17 +198,22 @@ impl World {
     }
 
     fn handle(&mut self, event: Event) {
-        let event = match self.stalled_until(&event) {
-            Some(until_us) => return self.at(until_us, event),
-            None => event,
-        };
+        if let Some(process) = receiver(&event).filter(|process| self.stands_still(*process)) {
+            self.waiting.entry(process).or_default().push(event);
+            return;
+        }
         match event {
+            Event::GoesOn { process } => self.go_on(process),
             Event::Step(op) => self.step(op),
             Event::EngineStarts { engine } => self.start_engine(engine),
             Event::LinkUp { engine } => self.link_up(engine),
+            Event::EngineConnected { engine, connection } => {
+                if self.engines[engine].is_connected(connection) {
+                    self.on_engine_connected(engine);
+                }
+            }
             Event::EngineMessage { engine, connection, seq, payload } => {
-                let link = &self.engines[engine].link;
-                if link.up && link.connection == connection {
+                if self.engines[engine].is_connected(connection) {
                     self.on_engine_message(engine, seq, payload);
                 }
             }
@@ -233,23 +253,21 @@ impl World {
         }
     }
 
-    /// When the process that an event is for goes on, if it stands still.
-    fn stalled_until(&self, event: &Event) -> Option<u64> {
-        let until_us = match event {
-            Event::EngineMessage { engine: shim, .. }
-            | Event::ReplayEnds { shim, .. }
-            | Event::Flush { shim, .. }
-            | Event::Heartbeat { shim, .. }
-            | Event::Greeted { shim, .. }
-            | Event::ToShim { shim, .. }
-            | Event::Save { process: Process::Shim(shim), .. } => self.shims[*shim].stalled_until_us,
-            Event::ToIndex { index, .. }
-            | Event::Poll { index, .. }
-            | Event::Tick { index, .. }
-            | Event::Save { process: Process::Index(index), .. } => self.indexes[*index].stalled_until_us,
-            _ => 0,
+    fn stands_still(&self, process: Process) -> bool {
+        let until_us = match process {
+            Process::Shim(shim) => self.shims[shim].stalled_until_us,
+            Process::Index(index) => self.indexes[index].stalled_until_us,
         };
-        (until_us > self.now_us).then_some(until_us)
+        until_us > self.now_us
+    }
+
+    /// What a process that stood still has missed happens to it now, in order.
+    fn go_on(&mut self, process: Process) {
+        if !self.stands_still(process) {
+            for event in self.waiting.remove(&process).into_iter().flatten() {
+                self.handle(event);
+            }
+        }
     }
 
     pub(super) fn step(&mut self, op: Op) {
@@ -288,22 +306,26 @@ impl World {
                 let until_us = &mut self.engines[engine].replay_away_until_us;
                 *until_us = ends_us.max(*until_us);
             }
-            Op::Kill { process, disk, .. } => match process {
-                Process::Shim(shim) => {
-                    if let Some(life) = self.shims[shim].kill(disk, &mut rng) {
-                        self.engines[shim].link.up = false;
-                        self.at(ends_us, Event::Starts { process, life });
-                    }
+            Op::Kill { process, disk, .. } => {
+                let killed = match process {
+                    Process::Shim(shim) => self.shims[shim].kill(disk, &mut rng),
+                    Process::Index(index) => self.indexes[index].kill(disk, &mut rng),
+                };
+                if let Some(life) = killed {
+                    self.waiting.remove(&process);
+                    self.at(ends_us, Event::Starts { process, life });
                 }
-                Process::Index(index) => {
-                    if let Some(life) = self.indexes[index].kill(disk, &mut rng) {
-                        self.at(ends_us, Event::Starts { process, life });
-                    }
+                if let Process::Shim(shim) = process {
+                    self.engines[shim].link.up = false;
                 }
-            },
-            Op::Stall { process: Process::Shim(shim), .. } => self.shims[shim].stalled_until_us = ends_us,
-            Op::Stall { process: Process::Index(index), .. } => {
-                self.indexes[index].stalled_until_us = ends_us;
+            }
+            Op::Stall { process, .. } => {
+                let until_us = match process {
+                    Process::Shim(shim) => &mut self.shims[shim].stalled_until_us,
+                    Process::Index(index) => &mut self.indexes[index].stalled_until_us,
+                };
+                *until_us = ends_us.max(*until_us);
+                self.at(ends_us, Event::GoesOn { process });
             }
             Op::SetBack { shim, by_ms } => {
                 self.shims[shim].set_clock_back(by_ms);
@@ -319,12 +341,14 @@ impl World {
         self.bus.calm();
         for shim in 0..self.shims.len() {
             self.shims[shim].stalled_until_us = 0;
+            self.go_on(Process::Shim(shim));
             if !self.shims[shim].is_up() {
                 self.start_shim(shim);
             }
         }
         for index in 0..self.indexes.len() {
             self.indexes[index].stalled_until_us = 0;
+            self.go_on(Process::Index(index));
             if !self.indexes[index].is_up() {
                 self.start_index(index);
             }
@@ -396,8 +420,9 @@ impl World {
         }
         link.up = true;
         link.connection += 1;
-        self.log.line(self.now_us, format_args!("engine {engine} connection {}", link.connection));
-        self.on_engine_connected(engine);
+        let connection = link.connection;
+        self.log.line(self.now_us, format_args!("engine {engine} connection {connection}"));
+        self.after(0, Event::EngineConnected { engine, connection });
     }
 
     fn replay(&mut self, shim: usize, life: u32, from: u64) {
@@ -412,5 +437,23 @@ impl World {
             (self.between(ENGINE_LATENCY_US), Some(self.engines[shim].engine.replay(from)))
         };
         self.after(wait_us, Event::ReplayEnds { shim, life, from, messages });
+    }
+}
+
+/// The process that an event happens to, if it can stand still.
+fn receiver(event: &Event) -> Option<Process> {
+    match event {
+        Event::EngineConnected { engine: shim, .. }
+        | Event::EngineMessage { engine: shim, .. }
+        | Event::ReplayEnds { shim, .. }
+        | Event::Flush { shim, .. }
+        | Event::Heartbeat { shim, .. }
+        | Event::Greeted { shim, .. }
+        | Event::ToShim { shim, .. } => Some(Process::Shim(*shim)),
+        Event::ToIndex { index, .. } | Event::Poll { index, .. } | Event::Tick { index, .. } => {
+            Some(Process::Index(*index))
+        }
+        Event::Save { process, .. } => Some(*process),
+        _ => None,
     }
 }
