@@ -3,6 +3,7 @@
 //! `now_ms` is any clock that does not go back, in milliseconds, the same for all calls.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::{self, Seek, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,6 +17,7 @@ use kvatlas_proto::{
 };
 use parking_lot::{Mutex, RwLock};
 
+use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
 use crate::matching::{SourceMatch, TierName};
 use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
@@ -437,6 +439,34 @@ impl Index {
             let state = index.state.read();
             state.sources().any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
         })
+    }
+
+    /// Writes down what is held. Sources change while others are written; each is written as it is at one moment.
+    pub fn write_checkpoint<W: Write + Seek>(&self, out: W) -> io::Result<(W, CheckpointSize)> {
+        let mut writer = CheckpointWriter::new(out)?;
+        for (scope, index) in self.scopes_where(|_| true) {
+            for source in index.source_ids() {
+                if let Some(saved) = index.save(&scope, &source) {
+                    writer.add(&saved)?;
+                }
+            }
+        }
+        writer.finish()
+    }
+
+    /// Takes in a checkpoint. Nothing of it counts before its publisher proved it. Sources that are known already keep
+    /// what they have; at a bound of the index, what does not fit is left out.
+    pub fn restore(&self, checkpoint: &[u8], now_ms: u64) -> Result<CheckpointSize, ReadCheckpointError> {
+        let mut size = CheckpointSize { bytes: checkpoint.len() as u64, ..CheckpointSize::default() };
+        for saved in checkpoint::read(checkpoint)? {
+            let Ok(scope) = self.find_or_add_scope(&saved.scope) else { continue };
+            let bound = self.limits.sources_per_scope;
+            if let Some(blocks) = scope.restore(&saved, now_ms, bound, &self.budget) {
+                size.sources += 1;
+                size.blocks += blocks;
+            }
+        }
+        Ok(size)
     }
 
     /// Sizes now.

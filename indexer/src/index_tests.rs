@@ -308,6 +308,56 @@ fn a_fleet_that_synchronises_takes_turns() {
 }
 
 #[test]
+fn a_checkpoint_counts_only_once_it_is_proved_and_costs_what_has_changed() {
+    let mut fleet = [Publisher::new("m", "a:1"), Publisher::new("m", "b:1"), Publisher::new("m", "c:1")];
+    let keys: Vec<u64> = (1..2_000).collect();
+    let before = index();
+    for publisher in &mut fleet {
+        send(&before, publisher, &[Op::Stored(0, keys.clone()), Op::Stored(2, vec![1])]);
+    }
+    let (file, size) = before.write_checkpoint(std::io::Cursor::new(Vec::new())).unwrap();
+    assert_eq!((size.sources, size.blocks), (3, 6_000));
+
+    let [a, b, c] = &mut fleet;
+    let after = index();
+    assert_eq!(after.restore(file.get_ref(), 0).unwrap(), size);
+    assert_eq!((after.check(), after.totals(0).blocks), (Ok(()), 6_000));
+    assert!(depths(&after, &by_keys("m", &keys)).is_empty(), "nobody has said that it is still so");
+
+    // One has not changed: its next heartbeat is proof.
+    let beat = a.heartbeat();
+    assert_eq!(receive(&after, beat, 0).unwrap().after, SourceState::Verified);
+    assert!(!after.is_troubled());
+    // One has changed a little meanwhile: little is sent.
+    send(&after, b, &[Op::Removed(0, vec![1_999])]);
+    let asked = after.poll(0);
+    let answer = b.answer(&asked[0].1);
+    assert!(answer.iter().map(Vec::len).sum::<usize>() < 4_000);
+    reply_all(&after, answer, 0);
+    // One has restarted with nothing.
+    send(&after, c.epoch(5), &[]);
+    let rows = depths(&after, &by_keys("m", &keys));
+    assert_eq!(rows, [("a:1".to_owned(), 0, 1_999), ("b:1".to_owned(), 0, 1_998)]);
+    assert_eq!(after.totals(0).blocks, 2_000 + 1_999);
+}
+
+#[test]
+fn a_checkpoint_beyond_the_bounds_is_taken_in_as_far_as_it_fits() {
+    let before = index();
+    for name in ["a:1", "b:1"] {
+        send(&before, &mut Publisher::new("m", name), &[Op::Stored(0, vec![1, 2, 3])]);
+    }
+    let file = before.write_checkpoint(std::io::Cursor::new(Vec::new())).unwrap().0.into_inner();
+    let few_blocks = small(|limits| limits.blocks = 4);
+    assert_eq!(few_blocks.restore(&file, 0).unwrap().blocks, 4);
+    let few_sources = small(|limits| limits.sources_per_scope = 1);
+    assert_eq!(few_sources.restore(&file, 0).unwrap().sources, 1);
+    let known = index();
+    send(&known, &mut Publisher::new("m", "a:1"), &[]);
+    assert_eq!(known.restore(&file, 0).unwrap().sources, 1, "what is alive is newer");
+}
+
+#[test]
 fn a_large_source_and_its_end_keep_the_counts() {
     let (index, mut a) = (index(), Publisher::new("m", "a:1"));
     for piece in 0..3u64 {

@@ -14,6 +14,8 @@ mod answer;
 mod bits;
 mod burst;
 mod changes;
+mod checkpoint;
+mod checkpoint_file;
 mod clock;
 mod held;
 mod http;
@@ -40,6 +42,8 @@ pub mod table;
 mod frames;
 
 pub use bits::Bits;
+pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
+pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
 pub use http::{HttpServer, ListenError};
 pub use index::{
     Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,

@@ -68,6 +68,12 @@ pub(crate) struct Metrics {
     pub(crate) blocks_refused: Counter,
     pub(crate) owners_refused: Counter,
     pub(crate) sources_expired: Family<ReasonLabel, Counter>,
+    pub(crate) checkpoints_written: Counter,
+    pub(crate) checkpoint_failures: Counter,
+    pub(crate) checkpoint_refused: Family<ReasonLabel, Counter>,
+    pub(crate) checkpoint_restored_blocks: Gauge,
+    pub(crate) checkpoint_bytes: Gauge,
+    pub(crate) checkpoint_duration: Gauge<f64, AtomicU64>,
     pub(crate) calls: Family<CallLabel, Counter>,
     pub(crate) lookup: LookupHistogram,
     scopes: Gauge,
@@ -127,6 +133,12 @@ impl Metrics {
                 "Times a source that counted was found to differ from its publisher at the same sequence.",
                 &self.divergences,
             ),
+            ("checkpoints_written", "Checkpoints that were written.", &self.checkpoints_written),
+            (
+                "checkpoint_failures",
+                "Checkpoints that could not be written; the last one stays.",
+                &self.checkpoint_failures,
+            ),
             ("blocks_stored", "Blocks that an owner did not hold before.", &self.blocks_stored),
             ("blocks_removed", "Blocks that an owner does not hold any more.", &self.blocks_removed),
             (
@@ -159,7 +171,16 @@ impl Metrics {
                 "Questions to publishers that were not sent, by reason; they are asked again.",
                 &self.request_failures,
             ),
-            ("sources_expired", "Sources whose lease ended, or that were dropped.", &self.sources_expired),
+            (
+                "checkpoint_refused",
+                "Checkpoints that could not be used at the start, by reason; the index then started cold.",
+                &self.checkpoint_refused,
+            ),
+            (
+                "sources_expired",
+                "Sources that were marked as silent, whose lease ended (gone), or that were dropped.",
+                &self.sources_expired,
+            ),
         ];
         for (name, help, family) in by_reason {
             registry.register(name, help, family.clone());
@@ -187,6 +208,12 @@ impl Metrics {
             self.lookup.0.clone(),
         );
         let gauges = [
+            (
+                "checkpoint_restored_blocks",
+                "Blocks that the checkpoint had at the start, counted once per owner.",
+                &self.checkpoint_restored_blocks,
+            ),
+            ("checkpoint_bytes", "Size of the last checkpoint that was written.", &self.checkpoint_bytes),
             ("scopes", "Key spaces: model, block size, key version and tenant.", &self.scopes),
             ("blocks", "Blocks held, counted once per owner.", &self.blocks),
             ("distinct_blocks", "Different blocks held, counted once per scope.", &self.distinct_blocks),
@@ -195,6 +222,12 @@ impl Metrics {
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
         }
+        registry.register_with_unit(
+            "checkpoint_duration",
+            "Time that the last checkpoint took to write.",
+            Unit::Seconds,
+            self.checkpoint_duration.clone(),
+        );
         registry.register_with_unit(
             "verified_age",
             "Longest time since the digests of a source that counts were last equal; 0 if none counts, infinite if one was never compared.",
@@ -217,6 +250,11 @@ impl Metrics {
             let count = totals.sources.get(&state).copied().unwrap_or(0);
             self.sources.get_or_create(&label).set(count as i64);
         }
+    }
+
+    /// A number that is another one whenever something has changed.
+    pub(crate) fn changes(&self) -> u64 {
+        self.blocks_stored.get() + self.blocks_removed.get() + self.epochs.get()
     }
 
     /// Counts what became of a frame.

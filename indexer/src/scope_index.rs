@@ -17,10 +17,11 @@ use bytes::Bytes;
 use kvatlas_proto::frame::{FrameHeader, FrameOwner, FrameView, MAX_FRAME_OWNERS};
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_proto::{BlockKey, CacheGroup, GroupKind, SourceId};
+use kvatlas_proto::{BlockKey, CacheGroup, GroupKind, Scope, SourceId};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
-use crate::changes::{Retired, SourceChange, buckets_of, purge};
+use crate::changes::{Retired, SLICE_KEYS, SourceChange, buckets_of, purge};
+use crate::checkpoint::{SavedOwner, SavedSource};
 use crate::matching::TierName;
 use crate::session::{OwnerName, Permits, Session};
 use crate::slots::Slots;
@@ -276,6 +277,75 @@ impl ScopeIndex {
         expired
     }
 
+    /// Who publishes here.
+    pub(crate) fn source_ids(&self) -> Vec<SourceId> {
+        self.state.read().ids.keys().cloned().collect()
+    }
+
+    /// What a checkpoint says of a source; `None` for one that is gone.
+    pub(crate) fn save(&self, scope: &Scope, source: &SourceId) -> Option<SavedSource> {
+        let state = self.state.read();
+        let entry = state.source(*state.ids.get(source)?)?;
+        if entry.tracker.state() == SourceState::Gone {
+            return None;
+        }
+        let saved = |no: &OwnerNo| {
+            let owner = state.owner(*no)?;
+            Some(SavedOwner {
+                owner: FrameOwner {
+                    tier: owner.tier.tier(),
+                    medium: owner.medium.to_string(),
+                    group: owner.group,
+                    kind: owner.kind,
+                    load_blocks: owner.load_blocks,
+                },
+                blocks: state.table.blocks_with_parents(*no).collect(),
+            })
+        };
+        Some(SavedSource {
+            scope: scope.clone(),
+            source: source.clone(),
+            epoch: entry.tracker.epoch()?,
+            variant: entry.variant,
+            owners: entry.owners.iter().filter_map(saved).collect(),
+        })
+    }
+
+    /// Takes in what a checkpoint says of a source, and returns how many blocks that are. `None` if the source is known
+    /// already or does not fit.
+    pub(crate) fn restore(
+        &self,
+        saved: &SavedSource,
+        now_ms: u64,
+        max_sources: usize,
+        budget: &Budget,
+    ) -> Option<usize> {
+        let _writer = self.writer.lock();
+        let mut state = self.state.write();
+        if state.ids.contains_key(&saved.source) || state.ids.len() >= max_sources {
+            return None;
+        }
+        let no = state.add_source(SourceEntry {
+            id: saved.source.clone(),
+            tracker: SourceTracker::restored(saved.epoch, now_ms),
+            variant: saved.variant,
+            owners: Vec::new(),
+        });
+        let (mut stored, mut since_pause) = (0, 0);
+        for SavedOwner { owner, blocks } in &saved.owners {
+            let Some(owner) = state.find_or_add_owner(no, owner, budget) else { continue };
+            for (parent, key) in blocks {
+                stored += usize::from(state.store(owner, *parent, *key, budget) == Some(true));
+                since_pause += 1;
+                if since_pause >= SLICE_KEYS {
+                    since_pause = 0;
+                    RwLockWriteGuard::bump(&mut state);
+                }
+            }
+        }
+        Some(stored)
+    }
+
     /// `source` started an epoch in another scope.
     pub(crate) fn on_moved_away(&self, source: &SourceId) {
         if !self.state.read().ids.contains_key(source) {
@@ -314,10 +384,15 @@ impl ScopeState {
             variant: header.variant,
             owners: Vec::new(),
         };
+        Some((self.add_source(entry), None))
+    }
+
+    fn add_source(&mut self, entry: SourceEntry) -> SourceNo {
+        let (id, variant) = (entry.id.clone(), entry.variant);
         let no = SourceNo(self.sources.insert(entry));
-        self.ids.insert(header.source.clone(), no);
-        *self.variants.entry(header.variant).or_default() += 1;
-        Some((no, None))
+        self.ids.insert(id, no);
+        *self.variants.entry(variant).or_default() += 1;
+        no
     }
 
     fn drop_source(&mut self, no: SourceNo) {

@@ -24,6 +24,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::checkpoint_file::{self, CheckpointConfig};
 use crate::clock::Clock;
 use crate::http::{self, HttpState, ListenError, listen};
 use crate::index::{Index, IndexLimits};
@@ -73,6 +74,8 @@ pub struct IndexServerConfig {
     /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
     /// start after the server, in the same process.
     pub discovery: Duration,
+    /// Where what is held is written down, for the next start; `None`: nowhere.
+    pub checkpoint: Option<CheckpointConfig>,
 }
 
 /// Starts index servers.
@@ -123,6 +126,7 @@ impl IndexServerConfig {
             key_seed: KeySeed::PUBLISHED,
             weights: TierWeights::default(),
             discovery: Duration::ZERO,
+            checkpoint: None,
         }
     }
 }
@@ -162,6 +166,10 @@ impl IndexServer {
         let index = Arc::new(Index::new(config.limits, config.key_seed));
         let metrics = Arc::new(Metrics::default());
         let (clock, stop) = (Clock::start(), CancellationToken::new());
+        if let Some(checkpoint) = &config.checkpoint {
+            // Events that arrive meanwhile wait in the subscription.
+            checkpoint_file::load(&index, &checkpoint.path, clock.now_ms(), &metrics);
+        }
         let (health, health_service) = tonic_health::server::health_reporter();
         let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
         let ready = readiness.ready.subscribe();
@@ -198,6 +206,14 @@ impl IndexServer {
             requests,
             stop.clone(),
         ));
+        if let Some(checkpoint) = config.checkpoint {
+            tasks.spawn(checkpoint_file::keep(
+                Arc::clone(&index),
+                checkpoint,
+                Arc::clone(&metrics),
+                stop.clone(),
+            ));
+        }
         if !config.discovery.is_zero() {
             let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery };
             tasks.spawn(discovery.run(bus, config.subjects, readiness, stop.clone()));

@@ -51,6 +51,8 @@ async fn a_row_says_everything_the_contract_says() {
         tiers: vec![tier(pb::Tier::Gpu, 2, 2), tier(pb::Tier::Cpu, 4, 2)],
         block_size: 16,
         state: pb::SourceState::Live.into(),
+        degraded_reason: String::new(),
+        verified_age_ms: None,
     };
     assert_eq!(answer.instances, [expected]);
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use common::frames::{Op, Publisher};
 use common::{PATIENCE, Stage, any_port, ask_keys, bus, channel, config};
 use kvatlas_bus::Bus;
-use kvatlas_index::{IndexServer, IndexServerConfig, StartError};
+use kvatlas_index::{CheckpointConfig, IndexServer, IndexServerConfig, StartError};
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::request::{Request, Want};
 use kvatlas_proto::subject::{Shard, Subjects};
@@ -113,6 +113,48 @@ async fn a_server_that_looks_for_publishers_says_so_until_it_has_found_them_out(
     ready.await.expect("the only publisher is found out");
     let answer = stage.score(ask_keys("m", [1])).await.unwrap();
     assert_eq!((answer.coverage, answer.instances[0].matched_blocks), (1.0, 1));
+}
+
+#[tokio::test]
+async fn a_restarted_server_takes_its_checkpoint_in_and_counts_it_once_it_is_proved() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("index.checkpoint");
+    let interval = std::time::Duration::from_secs(3_600);
+    let config = || IndexServerConfig {
+        checkpoint: Some(CheckpointConfig { path: path.clone(), interval }),
+        ..config()
+    };
+    let stage = Stage::with(config()).await;
+    let mut a = Publisher::new("m", "a:1");
+    stage.publish(&mut a, &[Op::Stored(0, vec![1, 2])]).await;
+    assert!(stage.server.shutdown().await, "a checkpoint is written at the end");
+
+    let stage = Stage::with(config()).await;
+    assert_eq!(stage.server.index().totals(0).blocks, 2);
+    assert!(stage.get("/metrics").await.1.contains("kvatlas_index_checkpoint_restored_blocks 2"));
+    assert!(stage.score(ask_keys("m", [1])).await.unwrap().instances.is_empty());
+    let subject = Subjects::default().events(a.header.scope.token(), Shard::All, &a.header.source);
+    stage.bus.publish(subject, Bytes::from(a.heartbeat())).await.unwrap();
+    let verified = || {
+        let sources = stage.server.index().sources(&kvatlas_index::OwnerFilter::default(), 0);
+        sources[0].state == kvatlas_index::sources::SourceState::Verified
+    };
+    stage.until("the checkpoint is proved", verified).await;
+    assert_eq!(stage.score(ask_keys("m", [1, 2])).await.unwrap().instances[0].matched_blocks, 2);
+    stage.server.shutdown().await;
+
+    // A damaged one is refused, counted, and replaced.
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let stage = Stage::with(config()).await;
+    assert_eq!(stage.server.index().totals(0).blocks, 0);
+    let refused = "kvatlas_index_checkpoint_refused_total{reason=\"damaged\"} 1";
+    assert!(stage.get("/metrics").await.1.contains(refused));
+    stage.publish(a.epoch(2), &[Op::Stored(0, vec![1])]).await;
+    stage.server.shutdown().await;
+    let stage = Stage::with(config()).await;
+    assert_eq!(stage.server.index().totals(0).blocks, 1);
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use kvatlas_loadtest::check;
 use kvatlas_loadtest::kvrec::{RecordKind, Recording};
 use kvatlas_proto::InstanceId;
-use kvatlas_proto::frame::PREAMBLE_BYTES;
+use kvatlas_proto::sealed::PREAMBLE_BYTES;
 use kvatlas_shim::source::{Source, SourceConfig};
 
 /// Largest seed, bytes: short inputs are mutated faster.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvatlas_bus::{Bus, InProcessBus, InProcessConfig, NatsBus};
-use kvatlas_index::{HttpServer, IndexServer, IndexServerConfig, RunningIndexServer};
+use kvatlas_index::{DISCOVERY, HttpServer, IndexServer, IndexServerConfig, RunningIndexServer};
 use kvatlas_proto::Tier;
 use kvatlas_shim::metrics::ShimCollector;
 use kvatlas_shim::shim::Shim;
@@ -116,6 +116,10 @@ async fn start_server(
     }
     if let Some(blocks) = settings.server.max_blocks {
         config.limits.blocks = blocks;
+    }
+    config.checkpoint = settings.server.checkpoint()?;
+    if !settings.nats.url.is_empty() {
+        config.discovery = DISCOVERY;
     }
     IndexServer::start(config, Arc::clone(bus), registry).await.map_err(Failure::run)
 }

@@ -6,9 +6,11 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvatlas_bus::{ClientIdentity, NatsAuth, NatsConfig, NatsTls};
+use kvatlas_index::{CHECKPOINT_INTERVAL, CheckpointConfig};
 use kvatlas_proto::subject::Subjects;
 use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
@@ -104,6 +106,12 @@ pub struct ServerSettings {
     /// Most blocks held, counted once per owner. Default: 67108864 (about 4 GB).
     #[arg(long, env = "KVATLAS_MAX_BLOCKS", value_name = "BLOCKS")]
     pub max_blocks: Option<usize>,
+    /// File in which the index writes down what it holds, so that a restart costs what has changed since. Default: none.
+    #[arg(long, env = "KVATLAS_CHECKPOINT_FILE", value_name = "FILE")]
+    pub checkpoint_file: Option<PathBuf>,
+    /// Seconds between two checkpoints. Default: 30.
+    #[arg(long, env = "KVATLAS_CHECKPOINT_INTERVAL_S", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub checkpoint_interval_s: Option<u64>,
 }
 
 /// Worth of one block on a tier.
@@ -261,12 +269,26 @@ impl NatsSettings {
 // === impl ServerSettings ===
 
 impl ServerSettings {
+    /// Where and how often checkpoints are written, if at all.
+    pub fn checkpoint(&self) -> Result<Option<CheckpointConfig>, Failure> {
+        let interval = self.checkpoint_interval_s.map_or(CHECKPOINT_INTERVAL, Duration::from_secs);
+        match &self.checkpoint_file {
+            Some(path) => Ok(Some(CheckpointConfig { path: path.clone(), interval })),
+            None if self.checkpoint_interval_s.is_some() => {
+                Err(Failure::usage("a checkpoint interval is given but no file: add --checkpoint-file FILE"))
+            }
+            None => Ok(None),
+        }
+    }
+
     fn or(self, file: Self) -> Self {
         Self {
             grpc_listen: self.grpc_listen.or(file.grpc_listen),
             http_listen: self.http_listen.or(file.http_listen),
             weights: or_list(self.weights, file.weights),
             max_blocks: self.max_blocks.or(file.max_blocks),
+            checkpoint_file: self.checkpoint_file.or(file.checkpoint_file),
+            checkpoint_interval_s: self.checkpoint_interval_s.or(file.checkpoint_interval_s),
         }
     }
 }

@@ -35,6 +35,7 @@ fn read(frame: &[u8]) {
             }
             Change::Removed(keys) => keys.iter().for_each(|key| ops.removed(owner, key)),
             Change::Cleared => ops.cleared(owner),
+            Change::Bucket { slice, blocks } => ops.bucket(owner, slice, blocks.iter()),
         }
     }
     let again = view.header().encode(&mut ops).expect("it was a frame before");
@@ -57,6 +58,10 @@ fn flatten(view: &FrameView<'_>) -> Vec<(u8, usize, u64, u64)> {
             }
             Change::Removed(keys) => changes.extend(keys.iter().map(|key| (1, op.owner, 0, key.0))),
             Change::Cleared => changes.push((2, op.owner, 0, 0)),
+            Change::Bucket { slice, blocks } => {
+                changes.push((3, op.owner, slice.into(), blocks.len() as u64));
+                changes.extend(blocks.iter().map(|(parent, key)| (4, op.owner, parent.0, key.0)));
+            }
         }
     }
     changes

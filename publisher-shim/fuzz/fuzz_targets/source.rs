@@ -1,5 +1,6 @@
 //! Any history of an engine, as messages with sequence numbers, reconnects and replays: what the source publishes is
-//! always a valid, contiguous account of what its mirror holds.
+//! always a valid, contiguous account of what its mirror holds, its digests are right, and whoever missed some of it is
+//! made right by asking.
 //!
 //! ```text
 //! input    = settings (1 byte), steps
@@ -14,8 +15,10 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use kvatlas_proto::frame::{Change, FrameOwner, FrameView};
-use kvatlas_proto::InstanceId;
+use kvatlas_proto::digest::Buckets;
+use kvatlas_proto::frame::{Change, FrameOwner, FramePart, FrameView};
+use kvatlas_proto::request::{OwnerBuckets, Request, RequestId, Want};
+use kvatlas_proto::{BlockKey, Digest, Epoch, InstanceId};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 use libfuzzer_sys::fuzz_target;
@@ -56,6 +59,8 @@ struct Reader {
     next: u64,
     owners: Vec<FrameOwner>,
     held: Vec<HashSet<u64>>,
+    /// What is held is not what the source holds.
+    stale: bool,
 }
 
 // === impl Engine ===
@@ -100,9 +105,13 @@ impl Engine {
                 }
                 self.next_seq
             }
-            // Somebody missed a frame.
+            // What was published may not be all, or somebody missed it.
+            6 if number & 1 == 0 => {
+                self.source.new_epoch();
+                self.next_seq
+            }
             6 => {
-                self.source.request_snapshot();
+                self.reader.forget(number);
                 self.next_seq
             }
             // The clock is set.
@@ -135,11 +144,17 @@ impl Engine {
 
     fn flush(&mut self) {
         self.now_ns += 1;
-        let frames = self.source.take_frames(self.now_ns, false).expect("frames are split to fit");
+        let frames = self.source.take_frames(self.now_ns, true).expect("frames are split to fit");
         for frame in frames {
             self.reader.read(&frame);
         }
+        if self.reader.stale {
+            let answer = self.source.answer(&self.reader.request()).expect("answers are split to fit");
+            answer.iter().for_each(|frame| self.reader.repair(frame));
+            assert!(!self.reader.stale || self.source.scope().is_none(), "an answer makes a reader right");
+        }
         if self.source.scope().is_some() {
+            assert!(!self.reader.stale);
             let held: usize = self.reader.held.iter().map(HashSet::len).sum();
             assert_eq!(held as u64, self.source.mirror().visible_blocks());
         }
@@ -154,11 +169,56 @@ impl Reader {
         let header = view.header();
         if header.epoch.0 != self.epoch {
             assert!(header.epoch.0 > self.epoch, "epochs only grow");
-            *self = Self { epoch: header.epoch.0, ..Self::default() };
+            assert_eq!(header.part, FramePart::Start, "an epoch begins with its start");
+            self.rename(&header.owners);
+            (self.epoch, self.next) = (header.epoch.0, 0);
         }
         assert_eq!(header.seq.0, self.next, "frames are contiguous");
         self.next += 1;
         self.learn_owners(&header.owners);
+        if header.part == FramePart::Start {
+            self.stale = !self.equals(&header.digests);
+        }
+        if self.stale {
+            return;
+        }
+        self.apply(&view);
+        assert!(header.digests.is_empty() || self.equals(&header.digests), "digests are those of the mirror");
+    }
+
+    /// What differs from what is held, please.
+    fn request(&self) -> Request {
+        let owners = self.owners.iter().zip(&self.held).map(|(owner, held)| OwnerBuckets {
+            tier: owner.tier,
+            medium: owner.medium.clone(),
+            group: owner.group,
+            buckets: Buckets::of(Buckets::bits_for(held.len() as u64), held.iter().map(|key| BlockKey(*key))),
+        });
+        Request { id: RequestId(1), epoch: Epoch(self.epoch), want: Want::State(owners.collect()) }
+    }
+
+    fn repair(&mut self, frame: &[u8]) {
+        let view = FrameView::parse(frame).expect("an answer is of frames");
+        let reply = view.header().reply.expect("an answer says what it answers");
+        assert_eq!(view.header().seq.0 + 1, self.next, "an answer is of the last published frame");
+        self.learn_owners(&view.header().owners);
+        self.apply(&view);
+        if reply.piece + 1 == reply.pieces {
+            self.stale = !self.equals(&view.header().digests);
+        }
+    }
+
+    /// Loses some blocks, and takes some for held that are not.
+    fn forget(&mut self, number: u64) {
+        for held in &mut self.held {
+            held.retain(|key| key % (number + 1) != 0);
+            held.extend((0..number).filter(|n| n % 4 == 1));
+        }
+        self.stale = true;
+    }
+
+    fn apply(&mut self, view: &FrameView<'_>) {
+        let bits: Vec<u8> = self.held.iter().map(|held| Buckets::bits_for(held.len() as u64)).collect();
         for op in view.ops() {
             let held = &mut self.held[op.owner];
             match op.change {
@@ -173,8 +233,27 @@ impl Reader {
                     }
                 }
                 Change::Cleared => held.clear(),
+                Change::Bucket { slice, blocks } => {
+                    held.retain(|key| Buckets::slice(bits[op.owner], BlockKey(*key)) != slice);
+                    held.extend(blocks.iter().map(|(_, key)| key.0));
+                }
             }
         }
+    }
+
+    fn equals(&self, digests: &[Digest]) -> bool {
+        let digest = |held: &HashSet<u64>| Digest::of(held.iter().map(|key| BlockKey(*key)));
+        self.held.iter().map(digest).eq(digests.iter().copied())
+    }
+
+    /// Owners have other places in another epoch; those that are gone hold nothing.
+    fn rename(&mut self, owners: &[FrameOwner]) {
+        let name = |owner: &FrameOwner| (owner.tier, owner.medium.clone(), owner.group);
+        let old: Vec<_> = self.owners.iter().map(name).zip(std::mem::take(&mut self.held)).collect();
+        let held_of =
+            |owner: &FrameOwner| old.iter().find(|(known, _)| *known == name(owner)).map(|(_, held)| held);
+        self.held = owners.iter().map(|owner| held_of(owner).cloned().unwrap_or_default()).collect();
+        self.owners = owners.to_vec();
     }
 
     fn learn_owners(&mut self, owners: &[FrameOwner]) {

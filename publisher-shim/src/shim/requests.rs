@@ -121,8 +121,8 @@ mod tests {
         BusMessage { subject: Subjects::default().control(&source()), reply, payload }
     }
 
-    fn reply() -> Option<String> {
-        Some(Subjects::default().reply(&Asker::new("index-1").unwrap(), &source()))
+    fn reply() -> String {
+        Subjects::default().reply(&Asker::new("index-1").unwrap(), &source())
     }
 
     #[test]
@@ -135,7 +135,7 @@ mod tests {
             desk.take(message(reply), &Subjects::default(), &source());
         }
         desk.take(
-            BusMessage { payload: Bytes::from_static(b"KVAQ"), ..message(reply()) },
+            BusMessage { payload: Bytes::from_static(b"KVAQ"), ..message(Some(reply())) },
             &Subjects::default(),
             &source(),
         );
@@ -145,16 +145,17 @@ mod tests {
     #[test]
     fn requests_wait_up_to_the_bound_and_are_counted_beyond() {
         let mut desk = Desk::default();
-        (0..WAITING_REQUESTS + 3).for_each(|_| desk.take(message(reply()), &Subjects::default(), &source()));
+        (0..WAITING_REQUESTS + 3)
+            .for_each(|_| desk.take(message(Some(reply())), &Subjects::default(), &source()));
         assert_eq!((desk.counts.frames, desk.counts.overflow), (WAITING_REQUESTS as u64 + 3, 3));
     }
 
     #[test]
     fn one_answer_is_sent_at_a_time_in_turns() {
         let mut desk = Desk::default();
-        (0..2).for_each(|_| desk.take(message(reply()), &Subjects::default(), &source()));
+        (0..2).for_each(|_| desk.take(message(Some(reply())), &Subjects::default(), &source()));
         let asked = desk.next_request().unwrap();
-        let frames: Vec<Bytes> = (0..TURN_FRAMES + 1).map(|_| Bytes::from_static(b"1234")).collect();
+        let frames: Vec<Bytes> = (0..=TURN_FRAMES).map(|_| Bytes::from_static(b"1234")).collect();
         desk.begin(asked.reply, frames);
         assert!(desk.next_request().is_none());
         assert_eq!(desk.next_turn().unwrap().1.len(), TURN_FRAMES);

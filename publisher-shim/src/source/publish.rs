@@ -47,19 +47,16 @@ impl Source {
             self.sent.restart();
         }
         let encoded = self.encode_waiting(scope, heartbeat);
-        match &encoded {
-            Ok(frames) => {
-                self.new_epoch = false;
-                self.base = self.mirror.digests();
-                self.next_frame = FrameSeq(self.next_frame.0 + frames.len() as u64);
-                frames.iter().for_each(|frame| self.sent.push(frame.clone()));
-            }
-            Err(_) => {
-                // So that the epoch's number is not used again.
-                self.next_frame = self.next_frame.next();
-                self.new_epoch();
-            }
-        }
+        let Ok(frames) = &encoded else {
+            // The epoch's number is spent.
+            self.next_frame = self.next_frame.next();
+            self.new_epoch();
+            return encoded;
+        };
+        self.new_epoch = false;
+        self.base = self.mirror.digests();
+        self.next_frame = FrameSeq(self.next_frame.0 + frames.len() as u64);
+        frames.iter().for_each(|frame| self.sent.push(frame.clone()));
         encoded
     }
 
@@ -91,7 +88,7 @@ impl Source {
     /// The frames that answer a request, for the asker alone. Everything that waits must have been published before
     /// ([`Self::take_frames`]): an answer says what is held after the last published frame. Until then, and to a request
     /// about another epoch, there is no answer; a heartbeat tells such an asker where the source is.
-    pub fn answer(&mut self, request: &Request) -> Result<Vec<Bytes>, EncodeFrameError> {
+    pub fn answer(&self, request: &Request) -> Result<Vec<Bytes>, EncodeFrameError> {
         let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
         if request.epoch != self.epoch || self.has_frames() {
             return Ok(Vec::new());

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub)]
 
+pub mod engine;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
@@ -120,7 +122,7 @@ pub fn encode(value: &Value) -> Vec<u8> {
 
 /// What a reader of all frames so far believes: owner -> keys. Checks sequences, epochs and digests on the way. An epoch
 /// that begins with something else than the reader holds makes it ask the source for what differs.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Reader {
     pub held: Held,
     pub epoch: u64,
@@ -141,6 +143,16 @@ impl Reader {
     pub fn forget(&mut self) {
         self.held.clear();
         self.stale = true;
+    }
+
+    /// Forgets some blocks and invents some.
+    pub fn damage(&mut self, seed: u64) {
+        for keys in self.held.values_mut() {
+            let gone: Vec<u64> = keys.iter().copied().filter(|key| (key ^ seed).is_multiple_of(5)).collect();
+            gone.iter().for_each(|key| _ = keys.remove(key));
+            keys.extend(gone.iter().map(|key| key.rotate_left(seed as u32 % 63 + 1)));
+        }
+        self.held.retain(|_, keys| !keys.is_empty());
     }
 
     /// Reads what the source publishes now, and asks it if that is not enough.

@@ -1,0 +1,182 @@
+//! The shell of the shim: a real socket on the engine's side, the in-process bus on the other.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::{StoredEvent, batch_at};
+use kvatlas_bus::{Bus, BusMessage, InProcessBus, InProcessConfig, Subscription};
+use kvatlas_proto::frame::{FramePart, FrameView};
+use kvatlas_proto::request::{Request, RequestId, Want};
+use kvatlas_proto::subject::{Asker, Subjects};
+use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, SourceId};
+use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
+use kvatlas_shim::shim::{EndpointConfig, Progress, Shim, ShimConfig};
+use kvatlas_shim::zmq::Attach;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use zeromq::{PubSocket, Socket as _, SocketSend as _, ZmqMessage};
+
+/// Far longer than anything here takes.
+const WAIT: Duration = Duration::from_secs(30);
+
+struct Rig {
+    engine: PubSocket,
+    bus: Arc<dyn Bus>,
+    shim: Shim,
+    events: Subscription,
+    replies: Subscription,
+    subjects: Subjects,
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let mut engine = PubSocket::new();
+        let address = engine.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+        let subjects = Subjects::default();
+        let bus: Arc<dyn Bus> = Arc::new(InProcessBus::new(InProcessConfig::default()));
+        let events = bus.subscribe(subjects.all_events()).await.unwrap();
+        let replies = bus.subscribe(subjects.all_replies(&asker())).await.unwrap();
+        let shim = Shim::start(&config(&address), &bus).unwrap();
+        Self { engine, bus, shim, events, replies, subjects }
+    }
+
+    async fn publish(&mut self, n: u64) {
+        let event = StoredEvent { hashes: vec![n + 1], tokens: vec![n as u32; 4], ..StoredEvent::default() };
+        let payload = Bytes::from(batch_at(n as f64, vec![event.map()]));
+        let frames = vec![Bytes::new(), Bytes::copy_from_slice(&n.to_be_bytes()), payload];
+        self.engine.send(ZmqMessage::try_from(frames).unwrap()).await.unwrap();
+    }
+
+    /// Publishes `blocks` blocks and waits until they are held.
+    async fn fill(&mut self, blocks: u64) {
+        // A message that is sent before the subscription is there is lost; the same message again changes nothing.
+        while self.progress().borrow().blocks == 0 {
+            self.publish(0).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for n in 1..blocks {
+            self.publish(n).await;
+        }
+        let mut progress = self.progress();
+        let filled = progress.wait_for(|progress| progress.blocks == blocks && !progress.pending);
+        timeout(WAIT, filled).await.unwrap().unwrap();
+    }
+
+    fn progress(&self) -> watch::Receiver<Progress> {
+        self.shim.progress()[0].clone()
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.progress().borrow().position.0
+    }
+
+    async fn ask(&self, epoch: Epoch, want: Want) {
+        let payload = Request { id: RequestId(5), epoch, want }.encode().unwrap().into();
+        let reply = Some(self.subjects.reply(&asker(), &source()));
+        self.bus
+            .send(BusMessage { subject: self.subjects.control(&source()), reply, payload })
+            .await
+            .unwrap();
+    }
+
+    async fn reply(&mut self) -> Bytes {
+        timeout(WAIT, self.replies.recv()).await.unwrap().unwrap().payload
+    }
+
+    /// Waits for the next heartbeat after everything that is in the queue already.
+    async fn next_heartbeat(&mut self) {
+        while self.events.try_recv().is_ok() {}
+        loop {
+            let frame = timeout(WAIT, self.events.recv()).await.unwrap().unwrap().payload;
+            if !FrameView::parse(&frame).unwrap().header().digests.is_empty() {
+                return;
+            }
+        }
+    }
+}
+
+fn asker() -> Asker {
+    Asker::new("index-1").unwrap()
+}
+
+fn source() -> SourceId {
+    SourceId { instance: InstanceId::new("a:1").unwrap(), rank: DpRank(0) }
+}
+
+fn config(events: &str) -> ShimConfig {
+    ShimConfig {
+        adapter: None,
+        model: "m".to_owned(),
+        tenant: String::new(),
+        instance: source().instance,
+        endpoints: vec![EndpointConfig {
+            events: events.to_owned(),
+            attach: Attach::Connect,
+            replay: None,
+            topic: String::new(),
+            rank: Some(DpRank(0)),
+        }],
+        block_size: None,
+        removal: RemovalPolicy::PerCopy,
+        hasher: KeyHasher::default(),
+        limits: MirrorLimits::default(),
+        subjects: Subjects::default(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_missed_everything_asks_and_is_answered() {
+    let mut rig = Rig::start().await;
+    rig.fill(50).await;
+    rig.ask(rig.epoch(), Want::State(vec![])).await;
+    let frame = rig.reply().await;
+    let view = FrameView::parse(&frame).unwrap();
+    assert_eq!((view.header().part, view.header().digests[0].count), (FramePart::Repair, 50));
+    rig.ask(rig.epoch(), Want::Frames(vec![(FrameSeq(0), FrameSeq(0))])).await;
+    let frame = rig.reply().await;
+    assert_eq!(FrameView::parse(&frame).unwrap().header().part, FramePart::Start);
+    let mut progress = rig.progress();
+    let counted = progress.wait_for(|p| p.requests.answer_frames == 2);
+    let requests = timeout(WAIT, counted).await.unwrap().unwrap().requests;
+    assert_eq!((requests.state, requests.frames, requests.other_epoch), (1, 1, 0));
+    assert!(requests.answer_bytes > 50 * 8);
+    rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_about_another_epoch_gets_a_heartbeat_and_no_answer() {
+    let mut rig = Rig::start().await;
+    rig.fill(5).await;
+    rig.ask(Epoch(1), Want::State(vec![])).await;
+    rig.next_heartbeat().await;
+    let mut progress = rig.progress();
+    timeout(WAIT, progress.wait_for(|p| p.requests.other_epoch == 1)).await.unwrap().unwrap();
+    assert!(rig.replies.try_recv().is_err());
+    rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hello_is_counted_and_answered_with_a_heartbeat() {
+    let mut rig = Rig::start().await;
+    rig.fill(5).await;
+    rig.bus.publish(rig.subjects.hello(), Bytes::new()).await.unwrap();
+    rig.next_heartbeat().await;
+    let mut progress = rig.progress();
+    timeout(WAIT, progress.wait_for(|p| p.requests.hello == 1)).await.unwrap().unwrap();
+    rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_request_is_counted_and_costs_nothing() {
+    let mut rig = Rig::start().await;
+    rig.fill(5).await;
+    rig.bus.publish(rig.subjects.control(&source()), Bytes::from_static(b"snapshot")).await.unwrap();
+    let mut progress = rig.progress();
+    timeout(WAIT, progress.wait_for(|p| p.requests.malformed == 1)).await.unwrap().unwrap();
+    rig.ask(rig.epoch(), Want::State(vec![])).await;
+    rig.reply().await;
+    rig.shim.shutdown().await;
+}
