@@ -35,7 +35,7 @@ use worker::{Parts, Worker, wall_clock_ns};
 
 use crate::adapter::Adapter;
 use crate::mirror::{MirrorCounts, MirrorLimits, RemovalPolicy};
-use crate::source::{Source, SourceConfig, SourceCounts};
+use crate::source::{PublishLimits, Source, SourceConfig, SourceCounts};
 use crate::zmq::{self, Attach, Connection};
 
 /// Messages between the reading task and the source. At 50 steps a second that is 20 minutes of one engine rank.
@@ -194,6 +194,7 @@ impl Shim {
                 hasher: config.hasher,
                 removal: config.removal,
                 limits: config.limits,
+                publish: PublishLimits::default(),
                 has_replay: endpoint.replay.is_some(),
             },
             wall_clock_ns(),

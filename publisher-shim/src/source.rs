@@ -43,7 +43,7 @@ mod history;
 mod publish;
 mod sent;
 
-pub use publish::FRAME_OPS_BYTES;
+pub use publish::{FRAME_OPS_BYTES, PublishLimits};
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
 use history::History;
@@ -70,6 +70,8 @@ pub struct SourceConfig {
     pub removal: RemovalPolicy,
     /// Bounds of the mirror.
     pub limits: MirrorLimits,
+    /// Bounds of what is published and kept.
+    pub publish: PublishLimits,
     /// Whether the engine can be asked for past messages.
     pub has_replay: bool,
 }
@@ -151,6 +153,7 @@ impl SourceConfig {
             hasher: KeyHasher::default(),
             removal: RemovalPolicy::default(),
             limits: MirrorLimits::default(),
+            publish: PublishLimits::default(),
             has_replay: false,
         }
     }
