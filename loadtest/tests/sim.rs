@@ -38,7 +38,10 @@ fn a_seed_says_exactly_what_happens() {
         let differ = first.lines.iter().zip(&second.lines).find(|(a, b)| a != b);
         assert_eq!(differ, None, "seed {seed}");
         assert_eq!(first.log_hash, second.log_hash, "seed {seed}");
-        assert_eq!(run(&scenario.to_string().parse().unwrap(), Sabotage::None, false).log_hash, first.log_hash);
+        assert_eq!(
+            run(&scenario.to_string().parse().unwrap(), Sabotage::None, false).log_hash,
+            first.log_hash
+        );
         assert_ne!(run(&generate(seed + 1), Sabotage::None, false).log_hash, first.log_hash);
     }
 }

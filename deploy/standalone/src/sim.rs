@@ -68,9 +68,12 @@ struct FaultsReport<'a> {
     files_loaded: u64,
     files_refused: u64,
     checks: u64,
+    score_checks: u64,
     max_virtual_seconds_to_exact: f64,
     slowest_seed: u64,
     wall_seconds: f64,
+    /// Equal wherever the same seeds were run.
+    log_hash: String,
     failed_seed: Option<u64>,
     failure: Option<String>,
 }
@@ -125,9 +128,13 @@ fn one(seed: u64, args: &FaultsArgs) -> Totals {
         output::note(&format!("log {log_hash:016x}"));
     }
     let mut shrinking = None;
-    run_seeds(seed, 1, Sabotage::None, |begun| begun == 0, || {
-        shrinking.get_or_insert_with(Instant::now).elapsed() < SHRINK
-    })
+    run_seeds(
+        seed,
+        1,
+        Sabotage::None,
+        |begun| begun == 0,
+        || shrinking.get_or_insert_with(Instant::now).elapsed() < SHRINK,
+    )
 }
 
 // === impl FaultsReport ===
@@ -153,9 +160,11 @@ impl<'a> FaultsReport<'a> {
             files_loaded: counts.files_loaded,
             files_refused: counts.files_refused,
             checks: counts.checks,
+            score_checks: counts.score_checks,
             max_virtual_seconds_to_exact: totals.max_exact_ms as f64 / 1e3,
             slowest_seed: totals.slowest_seed,
             wall_seconds: (wall.as_secs_f64() * 1e3).round() / 1e3,
+            log_hash: format!("{:016x}", totals.log_hash),
             failed_seed: totals.failed.as_ref().map(|report| report.seed),
             failure: totals.failed.as_ref().map(|report| report.failure.to_string()),
         }

@@ -119,9 +119,8 @@ impl Bus {
         now_us: u64,
     ) -> Vec<Delivery> {
         let link = &mut self.links[shim * self.indexes + index];
-        let hits = |rng: &mut Rng, fault: Fault| {
-            fault.now(now_us).is_some_and(|percent| rng.below(100) < percent)
-        };
+        let hits =
+            |rng: &mut Rng, fault: Fault| fault.now(now_us).is_some_and(|percent| rng.below(100) < percent);
         if link.cut.now(now_us).is_some() || hits(&mut link.rng, link.loss) {
             return Vec::new();
         }

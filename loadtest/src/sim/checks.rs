@@ -88,10 +88,11 @@ impl World {
 
     /// Compares the scores of all prompts with what the index itself says it holds.
     pub(super) fn check_scores(&mut self, number: usize) {
-        let Some(index) = self.indexes[number].index() else { return };
+        self.counts.score_checks += 1;
         let held: Vec<_> = (0..self.shims.len())
             .filter_map(|shim| Some((super::name(shim), self.look(number, shim)?)))
             .collect();
+        let Some(index) = self.indexes[number].index() else { return };
         let mut wrong = None;
         for prompt in 0..PROMPTS {
             let keys = Prompts::get().keys(prompt);

@@ -6,11 +6,14 @@ use super::prompts::{PROMPT_BLOCKS, PROMPTS};
 use super::rng::Rng;
 
 /// Steps of one scenario, least and most.
-const STEPS: (u64, u64) = (8, 70);
+const STEPS: (u64, u64) = (5, 120);
 /// Time over which the steps are spread, milliseconds, least and most.
 const SPAN_MS: (u64, u64) = (500, 9_000);
 /// Longest effect of a fault, milliseconds. Some are longer than the time after which silence is noticed.
 const LONGEST_MS: u64 = 5_000;
+
+/// Device blocks of large worlds: several slices of digests, and all prompts fit.
+const LARGE_BLOCKS: usize = 1_000;
 
 /// Kinds of operations that a seed may switch off. Requests are always there.
 #[derive(Clone, Copy)]
@@ -61,12 +64,14 @@ pub fn generate(seed: u64) -> Scenario {
     let world = WorldConfig {
         seed,
         engines: rng.between(1, 3) as usize,
-        device_blocks: rng.between(6, 60) as usize,
+        device_blocks: if rng.chance(15) { LARGE_BLOCKS } else { rng.between(6, 60) as usize },
         host_blocks: *rng.pick(&[0, 0, 8, 30]),
         replay_messages: *rng.pick(&[0, 4, 20, 10_000, 10_000]),
         indexes: rng.between(1, 2) as usize,
         files: rng.chance(75),
+        small_buffers: rng.chance(40),
     };
+    let prompts = if world.device_blocks == LARGE_BLOCKS { PROMPTS } else { *rng.pick(&[3, 9]) };
     let kinds: Vec<(Kind, u32)> = KINDS.into_iter().filter(|_| rng.chance(50)).collect();
     // How much of it is plain work.
     let work_percent = *rng.pick(&[20, 50, 80]);
@@ -75,7 +80,7 @@ pub fn generate(seed: u64) -> Scenario {
         .map(|_| {
             let at_ms = rng.below(span_ms);
             let op = if kinds.is_empty() || rng.chance(work_percent) {
-                serve(&mut rng, &world)
+                serve(&mut rng, &world, prompts)
             } else {
                 let kind = weighted(&mut rng, &kinds);
                 fault(&mut rng, &world, kind)
@@ -99,10 +104,10 @@ fn weighted(rng: &mut Rng, kinds: &[(Kind, u32)]) -> Kind {
     kinds[0].0
 }
 
-fn serve(rng: &mut Rng, world: &WorldConfig) -> Op {
+fn serve(rng: &mut Rng, world: &WorldConfig, prompts: usize) -> Op {
     Op::Serve {
         engine: rng.below(world.engines as u64) as usize,
-        prompt: rng.below(PROMPTS as u64) as usize,
+        prompt: rng.below(prompts as u64) as usize,
         blocks: rng.between(1, PROMPT_BLOCKS as u64) as usize,
     }
 }

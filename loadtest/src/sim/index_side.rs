@@ -2,10 +2,11 @@
 //! time. The index and its checkpoint are the real ones.
 
 use std::collections::BTreeMap;
+use std::io::Cursor;
 
 use bytes::Bytes;
 use kvatlas_index::sources::{DegradedReason, SourceState};
-use kvatlas_index::{Applied, Index, IndexLimits};
+use kvatlas_index::{Applied, Index, IndexLimits, RecoveryLimits};
 use kvatlas_proto::frame::FrameView;
 use kvatlas_proto::keys::KeySeed;
 use kvatlas_proto::request::Want;
@@ -24,6 +25,10 @@ const TICK_US: u64 = 1_000_000;
 const SAVE_US: u64 = 2_000_000;
 /// Messages between two comparisons of scores with what is held: they cost more than all other checks.
 const SCORE_EVERY: u64 = 32;
+
+/// Buffers of worlds with small ones: three frames wait, answers are applied piece by piece, one at a time.
+const SMALL_BUFFERS: RecoveryLimits =
+    RecoveryLimits { held_frames: 3, held_bytes: 2_048, staged_bytes: 300, transfers: 1 };
 
 /// One index process, alive or dead.
 #[derive(Default)]
@@ -71,7 +76,9 @@ impl World {
     }
 
     pub(super) fn start_index(&mut self, number: usize) {
-        let index = Index::new(IndexLimits::default(), KeySeed::PUBLISHED);
+        let recovery = if self.small_buffers { SMALL_BUFFERS } else { RecoveryLimits::default() };
+        let limits = IndexLimits { recovery, ..IndexLimits::default() };
+        let index = Index::new(limits, KeySeed::PUBLISHED);
         self.restore_index(number, &index);
         let process = &mut self.indexes[number];
         process.index = Some(index);
@@ -88,9 +95,36 @@ impl World {
         }
     }
 
-    fn restore_index(&mut self, _number: usize, _index: &Index) {}
+    /// Reads the checkpoint, if there is one that can be used.
+    fn restore_index(&mut self, number: usize, index: &Index) {
+        let Some(bytes) = self.indexes[number].disk.read() else { return };
+        let restored = index.restore(bytes, self.now_ms());
+        let line = match &restored {
+            Ok(size) => format!("loads {} blocks", size.blocks),
+            Err(error) => format!("refuses its checkpoint: {error}"),
+        };
+        self.counts.files_loaded += u64::from(restored.is_ok());
+        self.counts.files_refused += u64::from(restored.is_err());
+        self.log.line(self.now_us, format_args!("index {number} {line}"));
+    }
 
-    pub(super) fn save_index(&mut self, _number: usize) {}
+    pub(super) fn save_index(&mut self, number: usize) {
+        let life = self.indexes[number].life;
+        self.after(SAVE_US, Event::Save { process: Process::Index(number), life });
+        let Some(index) = &self.indexes[number].index else { return };
+        match index.write_checkpoint(Cursor::new(Vec::new())) {
+            Ok((bytes, size)) => {
+                let bytes = bytes.into_inner();
+                let fingerprint = xxhash_rust::xxh3::xxh3_64(&bytes);
+                self.log.line(
+                    self.now_us,
+                    format_args!("index {number} saves {} blocks {fingerprint:016x}", size.blocks),
+                );
+                self.indexes[number].disk.write(bytes);
+            }
+            Err(error) => self.fail("checkpoints can be written", error.to_string()),
+        }
+    }
 
     pub(super) fn on_index_message(&mut self, number: usize, shim: usize, kind: Kind, payload: &Bytes) {
         let now_ms = self.now_ms();
@@ -167,7 +201,8 @@ impl World {
             return;
         }
         for (source, request) in index.poll(now_ms) {
-            let Some(shim) = (0..self.shims.len()).find(|shim| super::name(*shim) == source.instance.as_str())
+            let Some(shim) =
+                (0..self.shims.len()).find(|shim| super::name(*shim) == source.instance.as_str())
             else {
                 return self.fail("only publishers are asked", source.to_string());
             };
@@ -190,10 +225,8 @@ impl World {
         self.after(TICK_US, Event::Tick { index: number, life });
         let Some(index) = &self.indexes[number].index else { return };
         for expired in index.tick(now_ms) {
-            self.log.line(
-                self.now_us,
-                format_args!("index {number}: {} {:?}", expired.source, expired.expiry),
-            );
+            self.log
+                .line(self.now_us, format_args!("index {number}: {} {:?}", expired.source, expired.expiry));
         }
         for shim in 0..self.shims.len() {
             self.check_source(number, shim);

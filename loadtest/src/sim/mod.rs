@@ -42,6 +42,7 @@ use std::panic::AssertUnwindSafe;
 
 use bytes::Bytes;
 use kvatlas_proto::frame::{Change, FrameView, OpBuffer, SourceHealth};
+use tracing::subscriber::NoSubscriber;
 
 pub use generate::generate;
 pub use op::{BusFault, DiskFault, Op, ParseScenarioError, Process, Scenario, Step, WorldConfig};
@@ -111,6 +112,8 @@ pub struct Counts {
     pub files_loaded: u64,
     /// Comparisons of an index with its publisher.
     pub checks: u64,
+    /// Comparisons of scores of all prompts.
+    pub score_checks: u64,
 }
 
 /// What came of a simulation.
@@ -131,7 +134,9 @@ pub struct Outcome {
 /// Plays a scenario.
 pub fn run(scenario: &Scenario, sabotage: Sabotage, trace: bool) -> Outcome {
     let mut world = World::new(scenario, sabotage, trace);
-    let driven = std::panic::catch_unwind(AssertUnwindSafe(|| drive(&mut world, scenario)));
+    // What simulated processes would log would drown what the real one has to say.
+    let quietly = || tracing::subscriber::with_default(NoSubscriber::new(), || drive(&mut world, scenario));
+    let driven = std::panic::catch_unwind(AssertUnwindSafe(quietly));
     let exact_after_ms = driven.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
@@ -200,7 +205,8 @@ fn until_exact(world: &mut World, since_us: u64, allowed_ms: u64) -> Option<u64>
         match world.unlike_the_truth() {
             None => return Some(passed_ms),
             Some(what) if passed_ms >= allowed_ms => {
-                world.fail("everything is exact and verified in time", format!("after {passed_ms} ms {what}"));
+                world
+                    .fail("everything is exact and verified in time", format!("after {passed_ms} ms {what}"));
                 return None;
             }
             Some(_) => {}
@@ -225,7 +231,11 @@ fn heal(world: &mut World) -> bool {
         }
         healed = true;
         let only_device = source.mirror().owners().len() <= 1;
-        let op = if only_device { Op::Reset { engine: shim } } else { Op::RestartEngine { engine: shim, for_ms: 1 } };
+        let op = if only_device {
+            Op::Reset { engine: shim }
+        } else {
+            Op::RestartEngine { engine: shim, for_ms: 1 }
+        };
         world.step(op);
     }
     healed
@@ -293,5 +303,6 @@ impl Counts {
         self.files_refused += other.files_refused;
         self.files_loaded += other.files_loaded;
         self.checks += other.checks;
+        self.score_checks += other.score_checks;
     }
 }

@@ -13,10 +13,10 @@ use std::str::FromStr;
 
 use super::prompts::PROMPTS;
 
-/// Most engines, indexes, and device blocks per engine: worlds are small, so that there can be many.
+/// Most engines, indexes, and blocks per engine and tier: worlds are small, so that there can be many.
 const MAX_ENGINES: usize = 16;
 const MAX_INDEXES: usize = 4;
-const MAX_DEVICE_BLOCKS: usize = 4_096;
+const MAX_BLOCKS: usize = 4_096;
 
 /// A simulation from beginning to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +44,8 @@ pub struct WorldConfig {
     pub indexes: usize,
     /// Shims and indexes keep their state in files.
     pub files: bool,
+    /// Buffers of shims and indexes are as small as can be, so that their bounds are reached.
+    pub small_buffers: bool,
 }
 
 /// One thing that happens.
@@ -298,7 +300,9 @@ impl fmt::Display for Op {
                 write!(f, "{process} is killed for {}{disk}", Seconds(*for_ms))
             }
             Self::Stall { process, for_ms } => write!(f, "{process} stalls for {}", Seconds(*for_ms)),
-            Self::SetBack { shim, by_ms } => write!(f, "shim {shim} clock is set back by {}", Seconds(*by_ms)),
+            Self::SetBack { shim, by_ms } => {
+                write!(f, "shim {shim} clock is set back by {}", Seconds(*by_ms))
+            }
             Self::Bus { pair: None, fault, for_ms } => write!(f, "bus {fault} for {}", Seconds(*for_ms)),
             Self::Bus { pair: Some((shim, index)), fault, for_ms } => {
                 write!(f, "bus shim {shim} <-> index {index} {fault} for {}", Seconds(*for_ms))
@@ -469,9 +473,11 @@ impl FromStr for Step {
 
 impl fmt::Display for WorldConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, engines, device_blocks, host_blocks, replay_messages, indexes, files } = self;
+        let Self { seed, engines, device_blocks, host_blocks, replay_messages, indexes, .. } = self;
         write!(f, "seed {seed} engines {engines} device {device_blocks} host {host_blocks} ")?;
-        write!(f, "replay {replay_messages} indexes {indexes} {}", if *files { "files" } else { "diskless" })
+        write!(f, "replay {replay_messages} indexes {indexes}")?;
+        f.write_str(if self.files { " files" } else { "" })?;
+        f.write_str(if self.small_buffers { " small-buffers" } else { "" })
     }
 }
 
@@ -498,10 +504,17 @@ fn parse_world(text: &str) -> Option<WorldConfig> {
         replay,
         "indexes",
         indexes,
-        files @ ("files" | "diskless"),
+        options @ ..,
     ] = words.as_slice()
     else {
         return None;
+    };
+    let (files, small_buffers) = match options {
+        [] => (false, false),
+        ["files"] => (true, false),
+        ["small-buffers"] => (false, true),
+        ["files", "small-buffers"] => (true, true),
+        _ => return None,
     };
     Some(WorldConfig {
         seed: seed.parse().ok()?,
@@ -510,7 +523,8 @@ fn parse_world(text: &str) -> Option<WorldConfig> {
         host_blocks: host.parse().ok()?,
         replay_messages: replay.parse().ok()?,
         indexes: indexes.parse().ok()?,
-        files: *files == "files",
+        files,
+        small_buffers,
     })
 }
 
@@ -519,10 +533,11 @@ fn parse_world(text: &str) -> Option<WorldConfig> {
 impl Scenario {
     /// True if every step is about something that the world has, and the world is not larger than it may be.
     pub fn fits(&self) -> bool {
-        let WorldConfig { engines, indexes, device_blocks, .. } = self.world;
+        let WorldConfig { engines, indexes, device_blocks, host_blocks, .. } = self.world;
         (1..=MAX_ENGINES).contains(&engines)
             && (1..=MAX_INDEXES).contains(&indexes)
-            && (1..=MAX_DEVICE_BLOCKS).contains(&device_blocks)
+            && (1..=MAX_BLOCKS).contains(&device_blocks)
+            && host_blocks <= MAX_BLOCKS
             && self.steps.iter().all(|step| step.op.fits(&self.world))
     }
 }
@@ -558,8 +573,11 @@ mod tests {
         }
         let error = "t=1.000s engine 0 explodes".parse::<Step>().unwrap_err();
         assert!(error.to_string().contains("engine 0 explodes"), "{error}");
-        for bad in ["1.0s engine 0 resets its cache", "t=1s index 0 is killed for 1s (disk wet)", "t=1s bus loses 5 for 1s"]
-        {
+        for bad in [
+            "1.0s engine 0 resets its cache",
+            "t=1s index 0 is killed for 1s (disk wet)",
+            "t=1s bus loses 5 for 1s",
+        ] {
             assert!(bad.parse::<Step>().is_err(), "{bad}");
         }
     }

@@ -8,12 +8,12 @@ use kvatlas_proto::{BlockKey, KeyHasher};
 use super::rng::Rng;
 
 /// Prompts there are.
-pub(super) const PROMPTS: usize = 9;
+pub(super) const PROMPTS: usize = 36;
 /// Blocks of each.
-pub(super) const PROMPT_BLOCKS: usize = 20;
+pub(super) const PROMPT_BLOCKS: usize = 32;
 /// Tokens per block.
 pub(super) const BLOCK_TOKENS: u32 = 4;
-/// Prompts of one family: they share [`SHARED_BLOCKS`] at the beginning, the next family a few more.
+/// Prompts of one family: they share [`SHARED_BLOCKS`] at the beginning, each family one more than the last.
 const FAMILY: usize = 3;
 const SHARED_BLOCKS: usize = 3;
 
@@ -50,7 +50,7 @@ impl Prompts {
         let mut all = Self { blocks: Vec::new(), prompts: Vec::new() };
         for number in 0..PROMPTS {
             let family = number / FAMILY;
-            let shared = if number % FAMILY == 0 { 0 } else { SHARED_BLOCKS + family * 2 };
+            let shared = if number % FAMILY == 0 { 0 } else { SHARED_BLOCKS + family };
             let mut prompt: Vec<BlockNo> =
                 all.prompts.get(family * FAMILY).map_or(&[][..], |first| &first[..shared]).to_vec();
             while prompt.len() < PROMPT_BLOCKS {

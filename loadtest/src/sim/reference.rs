@@ -39,14 +39,21 @@ impl Reference {
     }
 
     /// Notes frames that were published in one go, after which the mirror is `mirror`. Says what is wrong with them.
-    pub(super) fn published(&mut self, shim: usize, frames: &[Bytes], mirror: &Content) -> Result<(), String> {
+    pub(super) fn published(
+        &mut self,
+        shim: usize,
+        frames: &[Bytes],
+        mirror: &Content,
+    ) -> Result<(), String> {
         let views: Vec<FrameView<'_>> = frames
             .iter()
             .map(|frame| FrameView::parse(frame).map_err(|error| format!("shim {shim}: {error}")))
             .collect::<Result<_, _>>()?;
         let history = &mut self.0[shim];
         for (at, view) in views.iter().enumerate() {
-            history.published(view, &views[at + 1..], mirror).map_err(|error| format!("shim {shim}: {error}"))?;
+            history
+                .published(view, &views[at + 1..], mirror)
+                .map_err(|error| format!("shim {shim}: {error}"))?;
         }
         if *history.now != *mirror {
             let difference = differences(&history.now, mirror);
@@ -129,14 +136,16 @@ impl History {
             let candidates = [Content::new(), of(&self.now), of(&undone)];
             let fitting = candidates.into_iter().find(|content| digest_of(content, owner.tier) == *digest);
             let Some(fitting) = fitting else {
-                return Err(format!("the epoch starts with {digest:?} of {:?}, which it never held", owner.tier));
+                return Err(format!(
+                    "the epoch starts with {digest:?} of {:?}, which it never held",
+                    owner.tier
+                ));
             };
             start.extend(fitting);
         }
         Ok(start)
     }
 }
-
 
 fn apply(view: &FrameView<'_>, content: &mut Content) {
     let owners = &view.header().owners;
@@ -155,7 +164,10 @@ fn check_digests(header: &FrameHeader, content: &Content) -> Result<(), String> 
     for (owner, digest) in header.owners.iter().zip(&header.digests) {
         if digest_of(content, owner.tier) != *digest {
             let (epoch, seq) = (header.epoch.0, header.seq.0);
-            return Err(format!("the digest of {:?} after frame {seq} of epoch {epoch} is not its own", owner.tier));
+            return Err(format!(
+                "the digest of {:?} after frame {seq} of epoch {epoch} is not its own",
+                owner.tier
+            ));
         }
     }
     Ok(())

@@ -19,6 +19,8 @@ pub struct Totals {
     pub max_exact_ms: u64,
     /// The seed that took that long.
     pub slowest_seed: u64,
+    /// All logs' hashes in one: equal wherever the same seeds were run.
+    pub log_hash: u64,
     /// The first seed that failed.
     pub failed: Option<Report>,
 }
@@ -60,6 +62,8 @@ pub fn run_seeds(
             let mut totals = totals.lock();
             totals.seeds += 1;
             totals.counts.add(&outcome.counts);
+            // Whatever the order in which threads are done.
+            totals.log_hash = totals.log_hash.wrapping_add(outcome.log_hash);
             if outcome.exact_after_ms.is_some_and(|after_ms| after_ms > totals.max_exact_ms) {
                 (totals.max_exact_ms, totals.slowest_seed) = (outcome.exact_after_ms.unwrap_or(0), seed);
             }

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use kvatlas_proto::InstanceId;
 use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_shim::source::{Live, Source, SourceConfig};
+use kvatlas_shim::source::{Live, PublishLimits, Source, SourceConfig};
 
 use super::bus::Kind;
 use super::disk::Disk;
@@ -22,13 +22,19 @@ pub(super) const MODEL: &str = "simulated";
 pub(super) const REPLAY_TIMEOUT_US: u64 = 6_000_000;
 /// Time after which a replay socket that refuses connections is given up, microseconds.
 pub(super) const REPLAY_REFUSED_US: u64 = 200_000;
+/// Buffers of worlds with small ones: a frame has a dozen blocks, and few frames can be sent again.
+const SMALL_BUFFERS: PublishLimits =
+    PublishLimits { frame_ops_bytes: 128, sent_frames: 12, sent_bytes: 4_096 };
+/// Requests that wait to be answered, as in the shell; more are dropped.
+const MAX_ASKED: usize = 8;
 /// Wall clock at the start of a simulation, nanoseconds since the Unix epoch.
 const START_NS: u64 = 1_700_000_000_000_000_000;
 /// How long changes wait for company, microseconds.
 const LINGER_US: u64 = 2_000;
 /// Time between two heartbeats, microseconds.
 const HEARTBEAT_US: u64 = 1_000_000;
-/// Longest wait before a greeting is answered, and the shortest time between two such answers, microseconds.
+/// Longest wait before a greeting is answered, and the shortest time between two heartbeats that were asked for,
+/// microseconds.
 const GREETED_US: u64 = 50_000;
 const GREETED_SPACING_US: u64 = 200_000;
 /// Time between two writes of the state file, microseconds. Shorter than the shell's, so that simulations have some.
@@ -48,8 +54,9 @@ pub(super) struct ShimProcess {
     /// Requests that came while nothing could be answered.
     asked: VecDeque<(usize, Bytes)>,
     flush_due: bool,
-    /// When the last greeting was answered.
-    greeted_us: Option<u64>,
+    last_heartbeat_us: u64,
+    /// When the next heartbeat is due.
+    heartbeat_us: u64,
 }
 
 /// What arrives from the engine.
@@ -100,8 +107,7 @@ impl ShimProcess {
     /// What the mirror holds now, by its own answer. Everything must have been published.
     pub(super) fn mirror(&mut self) -> Result<Content, String> {
         let Some(source) = &mut self.source else { return Err("the process is dead".to_owned()) };
-        let request =
-            Request { id: RequestId(0), epoch: source.position().0, want: Want::State(Vec::new()) };
+        let request = Request { id: RequestId(0), epoch: source.position().0, want: Want::State(Vec::new()) };
         let answer = source.answer(&request).map_err(|error| error.to_string())?;
         Ok(content_of_answer(&answer))
     }
@@ -117,6 +123,7 @@ impl World {
         let now_ns = shim.now_ns(now_us);
         let config = SourceConfig {
             has_replay,
+            publish: if self.small_buffers { SMALL_BUFFERS } else { PublishLimits::default() },
             ..SourceConfig::new(MODEL, InstanceId::new(super::name(number)).expect("a plain name"))
         };
         let source = Source::new(config, now_ns).expect("a plain model name");
@@ -125,7 +132,7 @@ impl World {
         self.log.line(now_us, format_args!("shim {number} starts"));
         // Heartbeats of different shims are not in step.
         let first_us = self.between((1_000, HEARTBEAT_US));
-        self.after(first_us, Event::Heartbeat { shim: number, life });
+        self.heartbeat_at(number, now_us + first_us);
         if self.files {
             let first_us = self.between((1_000, SAVE_US));
             self.after(first_us, Event::Save { process: Process::Shim(number), life });
@@ -167,12 +174,7 @@ impl World {
         self.after_changes(number);
     }
 
-    pub(super) fn on_replay_ends(
-        &mut self,
-        number: usize,
-        from: u64,
-        messages: Option<Vec<(u64, Bytes)>>,
-    ) {
+    pub(super) fn on_replay_ends(&mut self, number: usize, from: u64, messages: Option<Vec<(u64, Bytes)>>) {
         let shim = &mut self.shims[number];
         let Some(source) = &mut shim.source else { return };
         let count = messages.as_ref().map(Vec::len);
@@ -213,16 +215,27 @@ impl World {
         }
     }
 
-    pub(super) fn on_heartbeat(&mut self, number: usize) {
-        let life = self.shims[number].life;
-        self.after(HEARTBEAT_US, Event::Heartbeat { shim: number, life });
-        if !self.shims[number].is_replaying() {
-            self.publish(number, true);
+    fn heartbeat_at(&mut self, number: usize, at_us: u64) {
+        let shim = &mut self.shims[number];
+        shim.heartbeat_us = at_us;
+        let life = shim.life;
+        self.at(at_us, Event::Heartbeat { shim: number, life, at_us });
+    }
+
+    /// The next heartbeat comes after a while, unless one was sent just now or would come sooner anyway.
+    fn hurry_heartbeat(&mut self, number: usize, wait_us: u64) {
+        let shim = &self.shims[number];
+        let at_us = (self.now_us + wait_us).max(shim.last_heartbeat_us + GREETED_SPACING_US);
+        if at_us < shim.heartbeat_us {
+            self.heartbeat_at(number, at_us);
         }
     }
 
-    pub(super) fn on_greeted(&mut self, number: usize) {
-        if !self.shims[number].is_replaying() {
+    /// Also while a replay is waited for.
+    pub(super) fn on_heartbeat(&mut self, number: usize, at_us: u64) {
+        if self.shims[number].heartbeat_us == at_us {
+            self.shims[number].last_heartbeat_us = self.now_us;
+            self.heartbeat_at(number, self.now_us + HEARTBEAT_US);
             self.publish(number, true);
         }
     }
@@ -244,8 +257,7 @@ impl World {
             now_us,
             format_args!("shim {number} publishes {} up to {}.{}", frames.len(), epoch.0, next.0),
         );
-        let judged =
-            shim.mirror().and_then(|mirror| self.reference.published(number, &frames, &mirror));
+        let judged = shim.mirror().and_then(|mirror| self.reference.published(number, &frames, &mirror));
         if let Err(error) = judged {
             return self.fail("frames add up to the mirror", error);
         }
@@ -260,17 +272,8 @@ impl World {
     pub(super) fn on_shim_message(&mut self, number: usize, index: usize, kind: Kind, payload: &Bytes) {
         match kind {
             Kind::Hello => {
-                let now_us = self.now_us;
-                let shim = &mut self.shims[number];
-                if shim.greeted_us.is_none_or(|last| now_us - last >= GREETED_SPACING_US) {
-                    shim.greeted_us = Some(now_us);
-                    let life = shim.life;
-                    let wait_us = self.between((0, GREETED_US));
-                    self.after(wait_us, Event::Greeted { shim: number, life });
-                }
-            }
-            Kind::Request if self.shims[number].is_replaying() => {
-                self.shims[number].asked.push_back((index, payload.clone()));
+                let wait_us = self.between((0, GREETED_US));
+                self.hurry_heartbeat(number, wait_us);
             }
             _ => self.answer(number, index, payload),
         }
@@ -281,8 +284,11 @@ impl World {
             self.counts.damaged += 1;
             return;
         };
-        if self.shims[number].is_replaying() {
-            self.shims[number].asked.push_back((index, payload.clone()));
+        let shim = &mut self.shims[number];
+        if shim.is_replaying() {
+            if shim.asked.len() < MAX_ASKED {
+                shim.asked.push_back((index, payload.clone()));
+            }
             return;
         }
         self.publish(number, false);
@@ -297,7 +303,7 @@ impl World {
             format_args!("shim {number} answers {:?} of index {index}: {}", request.id, answer.len()),
         );
         if other_epoch {
-            self.publish(number, true);
+            self.hurry_heartbeat(number, 0);
         }
         for frame in answer {
             self.to_index(number, index, Kind::Reply, &frame);

@@ -30,6 +30,7 @@ pub(super) struct World {
     pub(super) failure: Option<Failure>,
     pub(super) sabotage: Sabotage,
     pub(super) files: bool,
+    pub(super) small_buffers: bool,
     pub(super) engines: Vec<EngineSide>,
     pub(super) shims: Vec<ShimProcess>,
     pub(super) indexes: Vec<IndexProcess>,
@@ -85,9 +86,7 @@ pub(super) enum Event {
     /// Waiting changes are to be published.
     Flush { shim: usize, life: u32 },
     /// A heartbeat is due.
-    Heartbeat { shim: usize, life: u32 },
-    /// A heartbeat that somebody asked for is due.
-    Greeted { shim: usize, life: u32 },
+    Heartbeat { shim: usize, life: u32, at_us: u64 },
     /// The bus delivers to a shim.
     ToShim { shim: usize, life: u32, index: usize, kind: Kind, payload: Bytes },
     /// The bus delivers to an index.
@@ -126,6 +125,7 @@ impl World {
             failure: None,
             sabotage,
             files: config.files,
+            small_buffers: config.small_buffers,
             engines: (0..config.engines)
                 .map(|_| EngineSide {
                     engine: Engine::new(config.device_blocks, config.host_blocks, config.replay_messages),
@@ -173,7 +173,8 @@ impl World {
     /// Lets everything happen up to a time, or up to the first failure.
     pub(super) fn run_until(&mut self, until_us: u64) {
         while self.failure.is_none() {
-            let Some(Reverse(key)) = self.queue.peek().copied().filter(|Reverse((at, _))| *at <= until_us) else {
+            let Some(Reverse(key)) = self.queue.peek().copied().filter(|Reverse((at, _))| *at <= until_us)
+            else {
                 self.now_us = until_us;
                 return;
             };
@@ -222,8 +223,9 @@ impl World {
                 self.on_replay_ends(shim, from, messages);
             }
             Event::Flush { shim, life } if self.shims[shim].lives(life) => self.on_flush(shim),
-            Event::Heartbeat { shim, life } if self.shims[shim].lives(life) => self.on_heartbeat(shim),
-            Event::Greeted { shim, life } if self.shims[shim].lives(life) => self.on_greeted(shim),
+            Event::Heartbeat { shim, life, at_us } if self.shims[shim].lives(life) => {
+                self.on_heartbeat(shim, at_us);
+            }
             Event::ToShim { shim, life, index, kind, payload } if self.shims[shim].lives(life) => {
                 self.on_shim_message(shim, index, kind, &payload);
             }
@@ -448,7 +450,6 @@ fn receiver(event: &Event) -> Option<Process> {
         | Event::ReplayEnds { shim, .. }
         | Event::Flush { shim, .. }
         | Event::Heartbeat { shim, .. }
-        | Event::Greeted { shim, .. }
         | Event::ToShim { shim, .. } => Some(Process::Shim(*shim)),
         Event::ToIndex { index, .. } | Event::Poll { index, .. } | Event::Tick { index, .. } => {
             Some(Process::Index(*index))

@@ -96,7 +96,11 @@ impl Source {
             header.engine_time_ns = std::mem::take(&mut self.engine_time_ns);
         }
         while !self.ops.is_empty() {
-            push_frame(&mut header, &mut self.ops.take_chunk(self.config.publish.frame_ops_bytes), &mut frames)?;
+            push_frame(
+                &mut header,
+                &mut self.ops.take_chunk(self.config.publish.frame_ops_bytes),
+                &mut frames,
+            )?;
         }
         if heartbeat {
             header.engine_time_ns = 0;
