@@ -143,6 +143,16 @@ impl EngineHash {
         Self::from_bytes(&bytes)
     }
 
+    /// The same, to be written down.
+    pub(crate) const fn to_raw(self) -> u128 {
+        self.0
+    }
+
+    /// As it was written down.
+    pub(crate) const fn from_raw(raw: u128) -> Self {
+        Self(raw)
+    }
+
     /// From a byte string.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self(xxh3_128(bytes) | 1 << 127)

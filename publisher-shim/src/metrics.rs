@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use tokio::sync::watch;
 
 use crate::shim::{Progress, Shim};
+use crate::state::RestoreStateError;
 
 /// Exposes the sources of one process. Clones share what they watch.
 #[derive(Clone, Debug, Default)]
@@ -54,7 +55,7 @@ struct AdapterLabels {
 type Read = fn(&Progress) -> u64;
 
 /// Name, help and value of every counter with one value per source.
-const COUNTERS: [(&str, &str, Read); 20] = [
+const COUNTERS: [(&str, &str, Read); 22] = [
     ("kvatlas_shim_messages", "Engine messages applied", |p| p.counts.messages),
     (
         "kvatlas_shim_duplicate_messages",
@@ -87,14 +88,23 @@ const COUNTERS: [(&str, &str, Read); 20] = [
     ("kvatlas_shim_publish_failures", "Frames that the bus refused", |p| p.publish_failures),
     ("kvatlas_shim_answer_frames", "Frames sent to servers that asked", |p| p.requests.answer_frames),
     ("kvatlas_shim_answer_bytes", "Bytes sent to servers that asked", |p| p.requests.answer_bytes),
+    ("kvatlas_shim_state_saves", "Times that the state was written to its file", |p| p.state.saves),
+    ("kvatlas_shim_state_failures", "Times that the state could not be written", |p| p.state.failures),
 ];
 
 /// Name, help and value of every gauge with one value per source.
-const GAUGES: [(&str, &str, Read); 3] = [
+const GAUGES: [(&str, &str, Read); 6] = [
     ("kvatlas_shim_connected", "1 while the engine's event socket is connected", |p| {
         u64::from(p.connection.up)
     }),
     ("kvatlas_shim_blocks", "Blocks the source holds, over all tiers and groups", |p| p.blocks),
+    ("kvatlas_shim_unproved", "1 while saved blocks wait for the engine to confirm them", |p| {
+        u64::from(p.unproved)
+    }),
+    ("kvatlas_shim_state_bytes", "Size of the state that was written last", |p| p.state.bytes),
+    ("kvatlas_shim_state_restored", "1 if the source began with what an earlier process had saved", |p| {
+        u64::from(p.state.restored)
+    }),
     ("kvatlas_shim_exact", "1 while every event since the engine's start or reset was seen", |p| {
         u64::from(p.health == SourceHealth::Exact)
     }),
@@ -161,8 +171,23 @@ impl Collector for ShimCollector {
                 ConstCounter::new(count).encode(metric.encode_family(&ReasonLabels::of(source, reason))?)?;
             }
         }
-        encode_requests(&mut encoder, &sources)
+        encode_requests(&mut encoder, &sources)?;
+        encode_refused_states(&mut encoder, &sources)
     }
+}
+
+fn encode_refused_states(encoder: &mut DescriptorEncoder<'_>, sources: &[Progress]) -> std::fmt::Result {
+    let help = "Saved states that were not used, by reason";
+    let name = "kvatlas_shim_refused_states";
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for source in sources {
+        for reason in RestoreStateError::REASONS {
+            let labels = ReasonLabels::of(source, reason);
+            let count = u64::from(source.state.refused == Some(reason));
+            ConstCounter::new(count).encode(metric.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }
 
 fn encode_requests(encoder: &mut DescriptorEncoder<'_>, sources: &[Progress]) -> std::fmt::Result {

@@ -30,6 +30,7 @@ use smallvec::SmallVec;
 mod classify;
 mod differences;
 mod place;
+mod saved;
 
 use classify::{canonical_medium, classify_group, classify_medium, extra_key, unlisted_lora};
 use place::{Counts, Place, Removals};

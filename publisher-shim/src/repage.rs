@@ -17,6 +17,8 @@ use foldhash::fast::FixedState;
 use hashbrown::HashMap;
 use smallvec::SmallVec;
 
+mod saved;
+
 use crate::event::{Batch, EngineHash, Event, Extra, ExtraValue, Removed, Span, Stored};
 
 /// Most pages that are tracked at once, those held nowhere included; as many as the mirror tracks blocks.

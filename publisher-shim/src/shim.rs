@@ -10,6 +10,7 @@
 //! source repairs. So a slow bus never slows an engine down. The same holds on the other side: a frame that the bus loses is
 //! asked for by whoever missed it, and a large answer is sent a few frames at a time between other work.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,11 +27,14 @@ use tokio_util::sync::CancellationToken;
 
 mod intake;
 mod requests;
+mod state_file;
 mod worker;
 
 pub use requests::RequestCounts;
+pub use state_file::StateCounts;
 
 use intake::Intake;
+use state_file::StateFile;
 use worker::{Parts, Worker, wall_clock_ns};
 
 use crate::adapter::Adapter;
@@ -46,6 +50,8 @@ pub const QUEUE_BYTES: usize = 128 << 20;
 pub const LINGER: Duration = Duration::from_millis(2);
 /// Time between signs of life of an idle source.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Time between two writes of a source's state, if anything has changed. What is newer comes back with the engine's replay.
+pub const STATE_INTERVAL: Duration = Duration::from_secs(30);
 /// Longest wait for the tasks at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -129,6 +135,8 @@ pub struct Progress {
     pub publish_failures: u64,
     /// What the source knows about its own truth.
     pub health: SourceHealth,
+    /// What is held was saved by an earlier process and the engine has not confirmed it: nothing is published.
+    pub unproved: bool,
     /// Visible blocks.
     pub blocks: u64,
     /// Counters of the engine's side.
@@ -141,6 +149,8 @@ pub struct Progress {
     pub replays: (u64, u64),
     /// What was asked of the source.
     pub requests: RequestCounts,
+    /// What became of the state file.
+    pub state: StateCounts,
 }
 
 /// Why a shim cannot start.
@@ -155,6 +165,14 @@ pub enum StartShimError {
     /// An address is not a ZeroMQ endpoint.
     #[error("{0:?} is not a ZeroMQ endpoint: use tcp://HOST:PORT or ipc://PATH")]
     Endpoint(String),
+    /// The directory for state files cannot be made.
+    #[error("the state directory {dir} cannot be used: {error}; give one that this process may write to", dir = dir.display())]
+    StateDir {
+        /// Which one.
+        dir: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
 }
 
 // === impl Shim ===
@@ -162,12 +180,26 @@ pub enum StartShimError {
 impl Shim {
     /// Starts following the endpoints. Engines need not be there yet.
     pub fn start(config: &ShimConfig, bus: &Arc<dyn Bus>) -> Result<Self, StartShimError> {
+        Self::start_with_state(config, bus, None)
+    }
+
+    /// The same; what the sources hold survives this process in files in `state_dir`, one per endpoint that has a replay
+    /// socket.
+    pub fn start_with_state(
+        config: &ShimConfig,
+        bus: &Arc<dyn Bus>,
+        state_dir: Option<&Path>,
+    ) -> Result<Self, StartShimError> {
         if config.endpoints.is_empty() {
             return Err(StartShimError::NoEndpoint);
         }
+        if let Some(dir) = state_dir {
+            let unusable = |error| StartShimError::StateDir { dir: dir.to_owned(), error };
+            std::fs::create_dir_all(dir).map_err(unusable)?;
+        }
         let mut shim = Self { token: CancellationToken::new(), tasks: Vec::new(), progress: Vec::new() };
         for endpoint in &config.endpoints {
-            shim.start_source(config, endpoint, bus)?;
+            shim.start_source(config, endpoint, bus, state_dir)?;
         }
         Ok(shim)
     }
@@ -177,28 +209,32 @@ impl Shim {
         config: &ShimConfig,
         endpoint: &EndpointConfig,
         bus: &Arc<dyn Bus>,
+        state_dir: Option<&Path>,
     ) -> Result<(), StartShimError> {
         for address in std::iter::once(&endpoint.events).chain(&endpoint.replay) {
             if address.replace("://*:", "://0.0.0.0:").parse::<::zeromq::Endpoint>().is_err() {
                 return Err(StartShimError::Endpoint(address.clone()));
             }
         }
-        let source = Source::new(
-            SourceConfig {
-                adapter: config.adapter,
-                model: config.model.clone(),
-                tenant: config.tenant.clone(),
-                instance: config.instance.clone(),
-                rank: endpoint.rank,
-                block_size: config.block_size,
-                hasher: config.hasher,
-                removal: config.removal,
-                limits: config.limits,
-                publish: PublishLimits::default(),
-                has_replay: endpoint.replay.is_some(),
-            },
-            wall_clock_ns(),
-        )?;
+        let source_config = SourceConfig {
+            adapter: config.adapter,
+            model: config.model.clone(),
+            tenant: config.tenant.clone(),
+            instance: config.instance.clone(),
+            endpoint: endpoint.events.clone(),
+            rank: endpoint.rank,
+            block_size: config.block_size,
+            hasher: config.hasher,
+            removal: config.removal,
+            limits: config.limits,
+            publish: PublishLimits::default(),
+            has_replay: endpoint.replay.is_some(),
+        };
+        let state_file = state_dir.map(|dir| StateFile::new(dir, &config.instance, &endpoint.events));
+        let (source, state) = match &state_file {
+            Some(file) => file.open(source_config, wall_clock_ns())?,
+            None => (Source::new(source_config, wall_clock_ns())?, StateCounts::default()),
+        };
         let intake = Arc::new(Intake::default());
         let (queue_in, queue) = mpsc::channel(QUEUE_MESSAGES);
         let (connection_in, connection) = watch::channel(Connection::default());
@@ -207,6 +243,9 @@ impl Shim {
             endpoint: endpoint.clone(),
             model: config.model.clone(),
             source,
+            // Without a replay nobody could show that a state is still true.
+            state_file: state_file.filter(|_| endpoint.replay.is_some()),
+            state,
             subjects: config.subjects.clone(),
             bus: bus.clone(),
             intake: intake.clone(),
@@ -275,12 +314,14 @@ impl Progress {
             frame_bytes: 0,
             publish_failures: 0,
             health: source.health(),
+            unproved: source.is_unproved(),
             blocks: source.mirror().visible_blocks(),
             counts: source.counts().clone(),
             mirror: source.mirror_counts(),
             untracked_pages: source.untracked_pages(),
             replays: (0, 0),
             requests: RequestCounts::default(),
+            state: StateCounts::default(),
         }
     }
 

@@ -41,9 +41,11 @@ use crate::repage::Repager;
 
 mod history;
 mod publish;
+mod saved;
 mod sent;
 
 pub use publish::{FRAME_OPS_BYTES, PublishLimits};
+pub use saved::StateMark;
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
 use history::History;
@@ -60,6 +62,8 @@ pub struct SourceConfig {
     pub tenant: String,
     /// What a gateway routes to.
     pub instance: InstanceId,
+    /// Where its events come from; part of what a saved state is of.
+    pub endpoint: String,
     /// Data-parallel rank; `None` takes the one that the engine's messages name.
     pub rank: Option<DpRank>,
     /// Tokens per block; `None` takes the engine's.
@@ -90,6 +94,8 @@ pub struct Source {
     history: History,
     /// The connection was (re)made and nothing from it was compared yet.
     suspect: bool,
+    /// What is held was read from a file, and no replay has shown that it is of this life of the engine.
+    unproved: bool,
     health: SourceHealth,
     rank: DpRank,
     scope: Option<Scope>,
@@ -148,6 +154,7 @@ impl SourceConfig {
             model: model.into(),
             tenant: String::new(),
             instance,
+            endpoint: String::new(),
             rank: None,
             block_size: None,
             hasher: KeyHasher::default(),
@@ -186,6 +193,7 @@ impl Source {
             last: None,
             history: History::default(),
             suspect: false,
+            unproved: false,
             health: SourceHealth::Exact,
             rank: config.rank.unwrap_or_default(),
             scope: None,
@@ -319,6 +327,7 @@ impl Source {
     pub fn replayed(&mut self, from: u64, messages: &[(u64, Bytes)]) {
         if from == 0 {
             self.compare_lives(messages);
+            self.unproved = false;
         }
         self.suspect = false;
         for (seq, payload) in messages {
@@ -371,6 +380,7 @@ impl Source {
         self.ops.clear();
         self.base.clear();
         self.last = None;
+        self.unproved = false;
         self.history.clear();
         self.health = SourceHealth::Exact;
         self.new_epoch = true;

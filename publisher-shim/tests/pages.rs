@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use common::{Reader, StoredEvent, batch_at, cleared, map, removed};
 use kvatlas_proto::keys::{KeyVariant, MultimodalItem, PromptExtras};
 use kvatlas_proto::{InstanceId, KeyHasher};
@@ -17,12 +18,25 @@ const PROMPTS: u32 = 3;
 /// Tokens of each prompt; not a multiple of every page size.
 const TOKENS: u32 = 21;
 
-fn source() -> Source {
-    let config = SourceConfig {
+fn config() -> SourceConfig {
+    SourceConfig {
         block_size: Some(SCOPE_BLOCK),
+        has_replay: true,
         ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
-    };
-    Source::new(config, 1).unwrap()
+    }
+}
+
+fn source() -> Source {
+    Source::new(config(), 1).unwrap()
+}
+
+/// The shim is restarted; the engine shows that it still lives the same life.
+fn restarted(source: &Source, last: (u64, &[u8])) -> Source {
+    let mut restored = Source::restore(config(), &source.save().unwrap().unwrap(), 1).unwrap();
+    restored.connected();
+    restored.replayed(0, &[(last.0, Bytes::copy_from_slice(last.1))]);
+    assert!(!restored.is_unproved() && restored.counts().restarts == 0);
+    restored
 }
 
 /// Prompts share their first tokens: prompt p differs from token 5 * p on.
@@ -122,7 +136,11 @@ fn run(size: u32, steps: &[Step]) -> Result<(), TestCaseError> {
                 cleared()
             }
         };
-        source.live(seq, &batch_at(1e9 + seq as f64, vec![event]), false);
+        let message = batch_at(1e9 + seq as f64, vec![event]);
+        source.live(seq, &message, false);
+        if seq % 5 == 2 {
+            source = restarted(&source, (seq, &message));
+        }
         seq += 1;
         reader.follow(&mut source, seq, true);
         let without_chunks: BTreeMap<_, _> = reader.held.clone();

@@ -119,7 +119,9 @@ impl History {
                 let tier = header.owners[op.owner].tier;
                 match op.change {
                     Change::Stored { keys, .. } => {
-                        keys.iter().for_each(|key| drop(undone.remove(&(tier, key.0))));
+                        keys.iter().for_each(|key| {
+                            undone.remove(&(tier, key.0));
+                        });
                     }
                     Change::Removed(keys) => {
                         undone.extend(keys.iter().map(|key| (tier, key.0)));
@@ -153,7 +155,9 @@ fn apply(view: &FrameView<'_>, content: &mut Content) {
         let tier = owners[op.owner].tier;
         match op.change {
             Change::Stored { keys, .. } => content.extend(keys.iter().map(|key| (tier, key.0))),
-            Change::Removed(keys) => keys.iter().for_each(|key| drop(content.remove(&(tier, key.0)))),
+            Change::Removed(keys) => keys.iter().for_each(|key| {
+                content.remove(&(tier, key.0));
+            }),
             Change::Cleared => content.retain(|(other, _)| *other != tier),
             Change::Bucket { .. } => {}
         }

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use kvatlas_proto::InstanceId;
 use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_shim::source::{Live, PublishLimits, Source, SourceConfig};
+use kvatlas_shim::source::{Live, PublishLimits, Source, SourceConfig, StateMark};
 
 use super::bus::Kind;
 use super::disk::Disk;
@@ -22,6 +22,8 @@ pub(super) const MODEL: &str = "simulated";
 pub(super) const REPLAY_TIMEOUT_US: u64 = 6_000_000;
 /// Time after which a replay socket that refuses connections is given up, microseconds.
 pub(super) const REPLAY_REFUSED_US: u64 = 200_000;
+/// Time between two attempts to have a restored state confirmed, microseconds.
+const PROVE_US: u64 = 1_000_000;
 /// Buffers of worlds with small ones: a frame has a dozen blocks, and few frames can be sent again.
 const SMALL_BUFFERS: PublishLimits =
     PublishLimits { frame_ops_bytes: 128, sent_frames: 12, sent_bytes: 4_096 };
@@ -47,6 +49,8 @@ pub(super) struct ShimProcess {
     pub(super) life: u32,
     pub(super) stalled_until_us: u64,
     disk: Disk,
+    /// Where the source was when its state was saved.
+    saved: Option<StateMark>,
     clock_back_ns: u64,
     inbox: VecDeque<Inbound>,
     /// A replay is under way; the message that asked for it is offered again after it.
@@ -123,13 +127,24 @@ impl World {
         let now_ns = shim.now_ns(now_us);
         let config = SourceConfig {
             has_replay,
+            endpoint: format!("engine-{number}"),
             publish: if self.small_buffers { SMALL_BUFFERS } else { PublishLimits::default() },
             ..SourceConfig::new(MODEL, InstanceId::new(super::name(number)).expect("a plain name"))
         };
-        let source = Source::new(config, now_ns).expect("a plain model name");
-        shim.source = Some(source);
+        let restored = shim.disk.read().map(|bytes| Source::restore(config.clone(), bytes, now_ns));
+        let line = match &restored {
+            None => "cold".to_owned(),
+            Some(Ok(source)) => format!("with {} blocks", source.mirror().visible_blocks()),
+            Some(Err(error)) => format!("cold, its state is refused: {error}"),
+        };
+        self.counts.files_loaded += u64::from(matches!(restored, Some(Ok(_))));
+        self.counts.files_refused += u64::from(matches!(restored, Some(Err(_))));
+        let restored = restored.and_then(Result::ok);
+        shim.source =
+            Some(restored.unwrap_or_else(|| Source::new(config, now_ns).expect("a plain model name")));
+        shim.saved = None;
         let life = shim.life;
-        self.log.line(now_us, format_args!("shim {number} starts"));
+        self.log.line(now_us, format_args!("shim {number} starts {line}"));
         // Heartbeats of different shims are not in step.
         let first_us = self.between((1_000, HEARTBEAT_US));
         self.heartbeat_at(number, now_us + first_us);
@@ -137,10 +152,44 @@ impl World {
             let first_us = self.between((1_000, SAVE_US));
             self.after(first_us, Event::Save { process: Process::Shim(number), life });
         }
+        self.after(PROVE_US, Event::Prove { shim: number, life });
         self.reconnect(number);
     }
 
-    pub(super) fn save_shim(&mut self, _number: usize) {}
+    /// Writes the state file, if the state has changed.
+    pub(super) fn save_shim(&mut self, number: usize) {
+        let shim = &mut self.shims[number];
+        let life = shim.life;
+        let Some(source) = &shim.source else { return };
+        let mark = source.mark();
+        if shim.saved != Some(mark) {
+            match source.save() {
+                Ok(None) => {}
+                Ok(Some(bytes)) => {
+                    let fingerprint = xxhash_rust::xxh3::xxh3_64(&bytes);
+                    self.log.line(self.now_us, format_args!("shim {number} saves {fingerprint:016x}"));
+                    shim.disk.write(bytes);
+                    shim.saved = Some(mark);
+                }
+                Err(error) => return self.fail("states can be written", error.to_string()),
+            }
+        }
+        self.after(SAVE_US, Event::Save { process: Process::Shim(number), life });
+    }
+
+    /// A restored state that the engine has not confirmed is to be confirmed.
+    pub(super) fn on_prove(&mut self, number: usize) {
+        let shim = &mut self.shims[number];
+        let life = shim.life;
+        let Some(source) = &mut shim.source else { return };
+        if !source.is_unproved() {
+            return;
+        }
+        self.after(PROVE_US, Event::Prove { shim: number, life });
+        if !shim.is_replaying() && self.engines[number].is_up() {
+            self.on_engine_connected(number);
+        }
+    }
 
     pub(super) fn on_engine_connected(&mut self, shim: usize) {
         self.shims[shim].inbox.push_back(Inbound::Connected);

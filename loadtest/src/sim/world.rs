@@ -85,6 +85,8 @@ pub(super) enum Event {
     ReplayEnds { shim: usize, life: u32, from: u64, messages: Option<Vec<(u64, Bytes)>> },
     /// Waiting changes are to be published.
     Flush { shim: usize, life: u32 },
+    /// A restored state is to be confirmed.
+    Prove { shim: usize, life: u32 },
     /// A heartbeat is due.
     Heartbeat { shim: usize, life: u32, at_us: u64 },
     /// The bus delivers to a shim.
@@ -106,6 +108,10 @@ pub(super) enum Event {
 // === impl EngineSide ===
 
 impl EngineSide {
+    pub(super) fn is_up(&self) -> bool {
+        self.link.up
+    }
+
     fn is_connected(&self, connection: u64) -> bool {
         self.link.up && self.link.connection == connection
     }
@@ -223,6 +229,7 @@ impl World {
                 self.on_replay_ends(shim, from, messages);
             }
             Event::Flush { shim, life } if self.shims[shim].lives(life) => self.on_flush(shim),
+            Event::Prove { shim, life } if self.shims[shim].lives(life) => self.on_prove(shim),
             Event::Heartbeat { shim, life, at_us } if self.shims[shim].lives(life) => {
                 self.on_heartbeat(shim, at_us);
             }
@@ -449,6 +456,7 @@ fn receiver(event: &Event) -> Option<Process> {
         | Event::EngineMessage { engine: shim, .. }
         | Event::ReplayEnds { shim, .. }
         | Event::Flush { shim, .. }
+        | Event::Prove { shim, .. }
         | Event::Heartbeat { shim, .. }
         | Event::ToShim { shim, .. } => Some(Process::Shim(*shim)),
         Event::ToIndex { index, .. } | Event::Poll { index, .. } | Event::Tick { index, .. } => {

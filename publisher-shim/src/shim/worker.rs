@@ -1,5 +1,6 @@
 //! The task of one source: applies what the engine says, publishes, answers.
 
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,15 +11,17 @@ use kvatlas_bus::{Bus, BusMessage, Subscription};
 use kvatlas_proto::SourceId;
 use kvatlas_proto::subject::{Shard, Subjects};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::intake::{Inbound, Intake};
 use super::requests::Desk;
-use super::{EndpointConfig, HEARTBEAT, LINGER, Progress};
+use super::state_file::{StateCounts, StateFile};
+use super::{EndpointConfig, HEARTBEAT, LINGER, Progress, STATE_INTERVAL};
 use crate::burst::Burst;
-use crate::source::{Live, Source};
+use crate::source::{Live, Source, StateMark};
 use crate::zmq::{self, Connection};
 
 /// Shortest time between two heartbeats that somebody asked for.
@@ -29,6 +32,8 @@ const HELLO_JITTER: Duration = Duration::from_millis(50);
 const ENCODE_BACKOFF: Duration = Duration::from_millis(200);
 /// Pause before another attempt to listen for requests.
 const SUBSCRIBE_BACKOFF: Duration = Duration::from_secs(1);
+/// Pause between attempts to have a restored state proved by an engine that does not answer.
+const PROVE_SPACING: Duration = Duration::from_secs(5);
 /// Messages applied before other events (timers, requests) get a turn.
 const TURN_MESSAGES: usize = 256;
 
@@ -37,6 +42,8 @@ pub(super) struct Parts {
     pub(super) endpoint: EndpointConfig,
     pub(super) model: String,
     pub(super) source: Source,
+    pub(super) state_file: Option<StateFile>,
+    pub(super) state: StateCounts,
     pub(super) subjects: Subjects,
     pub(super) bus: Arc<dyn Bus>,
     pub(super) intake: Arc<Intake>,
@@ -58,6 +65,12 @@ pub(super) struct Worker {
     flush_at: Option<Instant>,
     last_heartbeat: Instant,
     heartbeat_at: Instant,
+    /// Where the source was when its state was saved.
+    saved: Option<StateMark>,
+    save_at: Instant,
+    saving: Option<JoinHandle<io::Result<u64>>>,
+    /// No attempt to have a restored state proved before this.
+    prove_at: Instant,
     handled: u64,
     frames: u64,
     frame_bytes: u64,
@@ -76,6 +89,7 @@ struct Bursts {
     over_limit: Burst,
     block_size: Burst,
     requests: Burst,
+    save: Burst,
 }
 
 // === impl Worker ===
@@ -93,6 +107,10 @@ impl Worker {
             flush_at: None,
             last_heartbeat: now,
             heartbeat_at: now,
+            saved: None,
+            save_at: now + STATE_INTERVAL,
+            saving: None,
+            prove_at: now + PROVE_SPACING,
             handled: 0,
             frames: 0,
             frame_bytes: 0,
@@ -121,6 +139,9 @@ impl Worker {
                     self.flush(false).await;
                 }
                 () = sleep_until(self.heartbeat_at) => self.flush(true).await,
+                written = written(&mut self.saving) => self.on_written(written),
+                () = sleep_until(self.save_at), if self.saving.is_none() => self.save(),
+                () = sleep_until(self.prove_at), if self.parts.source.is_unproved() => self.prove(&token).await,
             }
             // With the queue empty, nothing from before the new connection is left to apply first.
             let connection = *self.parts.connection.borrow();
@@ -137,10 +158,75 @@ impl Worker {
             self.report();
         }
         while let Ok(message) = self.parts.queue.try_recv() {
-            self.parts.source.live(message.seq, &message.payload, true);
+            // What would need a replay is left for the next life of the shim.
+            if self.parts.source.live(message.seq, &message.payload, false) != Live::Done {
+                break;
+            }
         }
         self.flush(true).await;
+        if self.saving.is_some() {
+            let written = written(&mut self.saving).await;
+            self.on_written(written);
+        }
+        self.save();
+        if self.saving.is_some() {
+            let written = written(&mut self.saving).await;
+            self.on_written(written);
+        }
         self.report();
+    }
+
+    /// Begins to write the state, if it has changed. Only the disk is waited for elsewhere: the state is of one moment.
+    fn save(&mut self) {
+        self.save_at = Instant::now() + STATE_INTERVAL;
+        let Some(file) = self.parts.state_file.clone() else { return };
+        let mark = self.parts.source.mark();
+        if self.saved == Some(mark) {
+            return;
+        }
+        match self.parts.source.save() {
+            Ok(None) => {}
+            Ok(Some(bytes)) => {
+                self.saved = Some(mark);
+                self.saving = Some(tokio::task::spawn_blocking(move || {
+                    file.write(&bytes).map(|()| bytes.len() as u64)
+                }));
+            }
+            Err(error) => self.on_save_failed(&error.to_string()),
+        }
+    }
+
+    fn on_written(&mut self, written: io::Result<u64>) {
+        match written {
+            Ok(bytes) => {
+                self.parts.state.saves += 1;
+                self.parts.state.bytes = bytes;
+            }
+            Err(error) => self.on_save_failed(&error.to_string()),
+        }
+    }
+
+    fn on_save_failed(&mut self, error: &str) {
+        self.saved = None;
+        self.parts.state.failures += 1;
+        if let Some(count) = self.bursts.save.note(self.parts.state.failures, Instant::now()) {
+            let file = self.parts.state_file.as_ref().map(|file| file.path().display());
+            tracing::warn!(
+                source = %self.parts.source.id(), file = file.map(tracing::field::display), count, error,
+                "the state could not be saved; the last one stays, and the next one is tried in time"
+            );
+        }
+    }
+
+    /// An engine that is idle and did not answer when the connection was made is asked again: until it answers, a restored state
+    /// counts for nothing.
+    async fn prove(&mut self, token: &CancellationToken) {
+        if self.parts.connection.borrow().up {
+            if let Some(from) = self.parts.source.connected() {
+                self.replay(from, token).await;
+            }
+        }
+        self.prove_at = Instant::now() + PROVE_SPACING;
     }
 
     /// Applies a message and those right behind it.
@@ -330,6 +416,7 @@ impl Worker {
             publish_failures: self.publish_failures,
             replays: self.replays,
             requests: self.desk.counts,
+            state: self.parts.state,
             ..Progress::of(&self.parts.source, &self.parts.model)
         };
         self.bursts.log(&progress);
@@ -383,6 +470,14 @@ async fn next_hello(hello: &mut Option<Subscription>) -> Option<BusMessage> {
         Some(subscription) => subscription.recv().await,
         None => std::future::pending().await,
     }
+}
+
+/// The outcome of the write that is under way; waits for ever without one.
+async fn written(saving: &mut Option<JoinHandle<io::Result<u64>>>) -> io::Result<u64> {
+    let Some(task) = saving else { return std::future::pending().await };
+    let written = task.await.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+    *saving = None;
+    written
 }
 
 pub(super) fn wall_clock_ns() -> u64 {

@@ -37,7 +37,12 @@ impl Default for PublishLimits {
 impl Source {
     /// Whether there is something to publish.
     pub fn has_frames(&self) -> bool {
-        self.scope.is_some() && (self.new_epoch || !self.ops.is_empty())
+        self.is_ready() && (self.new_epoch || !self.ops.is_empty())
+    }
+
+    /// Whether anything may be said at all.
+    fn is_ready(&self) -> bool {
+        self.scope.is_some() && !self.unproved
     }
 
     /// Whether enough is waiting for a full frame.
@@ -54,12 +59,13 @@ impl Source {
     }
 
     /// Encodes what is waiting: the start of an epoch if one is due, and changes. With `heartbeat`, the last frame is one
-    /// without operations that says the mirror's digests. Nothing before the block size is known.
+    /// without operations that says the mirror's digests. Nothing before the block size is known, nor while a restored state is
+    /// not proved.
     ///
     /// An error takes the changes with it; the next call starts a new epoch.
     pub fn take_frames(&mut self, now_ns: u64, heartbeat: bool) -> Result<Vec<Bytes>, EncodeFrameError> {
         self.mirror.expire(now_ns, &mut self.ops);
-        let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
+        let Some(scope) = self.scope.clone().filter(|_| self.is_ready()) else { return Ok(Vec::new()) };
         if self.new_epoch {
             // The very first epoch has its number already.
             let least = if self.next_frame == FrameSeq(0) { self.epoch.0 } else { self.epoch.0 + 1 };
@@ -114,7 +120,7 @@ impl Source {
     /// ([`Self::take_frames`]): an answer says what is held after the last published frame. Until then, and to a request
     /// about another epoch, there is no answer; a heartbeat tells such an asker where the source is.
     pub fn answer(&self, request: &Request) -> Result<Vec<Bytes>, EncodeFrameError> {
-        let Some(scope) = self.scope.clone() else { return Ok(Vec::new()) };
+        let Some(scope) = self.scope.clone().filter(|_| self.is_ready()) else { return Ok(Vec::new()) };
         if request.epoch != self.epoch || self.has_frames() {
             return Ok(Vec::new());
         }
@@ -176,7 +182,7 @@ impl Source {
             .collect()
     }
 
-    fn header(&self, scope: Scope) -> FrameHeader {
+    pub(super) fn header(&self, scope: Scope) -> FrameHeader {
         FrameHeader {
             scope,
             source: self.id(),

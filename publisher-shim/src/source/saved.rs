@@ -1,0 +1,126 @@
+//! A source's state as bytes, and back. See [`crate::state`] for what is in it and what it is worth.
+
+use kvatlas_proto::frame::{FramePart, FrameView, OpBuffer};
+use kvatlas_proto::{Epoch, FrameSeq};
+
+use super::{Source, SourceConfig};
+use crate::adapter::{self, Adapter};
+use crate::mirror::Mirror;
+use crate::repage::Repager;
+use crate::state::{self, RestoreStateError, SaveStateError, wire};
+
+/// Fingerprints that are saved. The replay that proves a life reaches back to the last message that was applied, so one would
+/// do; the rest is for engines that could not keep every message.
+const SAVED_MESSAGES: usize = 1_024;
+
+/// Newest epoch that is taken over: one of a clock that is centuries ahead leaves none to follow it.
+const MAX_EPOCH: u64 = u64::MAX / 2;
+
+/// Where a source was: two equal marks mean that there is nothing new to save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateMark {
+    epoch: Epoch,
+    last: Option<u64>,
+    applied: u64,
+    expired: u64,
+}
+
+// === impl Source ===
+
+impl Source {
+    /// Where the source is.
+    pub fn mark(&self) -> StateMark {
+        let (applied, expired) = (self.counts.messages, self.mirror.counts().expired);
+        StateMark { epoch: self.epoch, last: self.last, applied, expired }
+    }
+
+    /// The state as bytes. `None` while there is nothing to save: before the block size is known, and while a restored state
+    /// is not proved.
+    pub fn save(&self) -> Result<Option<Vec<u8>>, SaveStateError> {
+        let Some(scope) = self.scope.clone().filter(|_| !self.unproved) else { return Ok(None) };
+        let mut heartbeat = self.header(scope);
+        heartbeat.seq = FrameSeq(0);
+        heartbeat.digests = self.mirror.digests();
+        let state = wire::State {
+            identity: state::identity(&self.config),
+            adapter: self.adapter.map_or(String::new(), |adapter| adapter.name().to_owned()),
+            heartbeat: heartbeat.encode(&mut OpBuffer::default())?,
+            last: self.last,
+            history: self.last.map_or(Vec::new(), |last| self.history.newest(last, SAVED_MESSAGES)),
+            mirror: self.mirror.save(),
+            repager: self.repager.as_ref().map(Repager::save),
+        };
+        state::seal(&state).map(Some)
+    }
+
+    /// A source that goes on where a saved one was. It publishes nothing until the engine's replay, from the beginning
+    /// ([`Self::connected`], [`Self::replayed`]), has shown that the engine still lives the same life; if it does not, nothing
+    /// is left of what was saved. Without a replay nobody could show it, so then only the epoch is taken.
+    ///
+    /// The epoch is newer than the saved one, whatever the clock says.
+    pub fn restore(config: SourceConfig, bytes: &[u8], now_ns: u64) -> Result<Self, RestoreStateError> {
+        let saved = state::open(bytes, &config)?;
+        let heartbeat = FrameView::parse(&saved.heartbeat)?;
+        let header = heartbeat.header();
+        let scope = &header.scope;
+        let same = scope.model() == config.model
+            && scope.tenant() == config.tenant
+            && header.source.instance == config.instance
+            && config.block_size.is_none_or(|size| size == scope.block_size());
+        if !same || header.part != FramePart::Live || header.epoch.0 > MAX_EPOCH {
+            return Err(RestoreStateError::Inconsistent("its heartbeat is not its own"));
+        }
+        if config.rank.is_some_and(|rank| rank != header.source.rank) {
+            return Err(RestoreStateError::Foreign { what: "rank" });
+        }
+        let adapter = restore_adapter(&saved.adapter, config.adapter)?;
+        let epoch = Epoch(now_ns.max(header.epoch.0 + 1));
+        let mut source = Self::new(config, now_ns)
+            .map_err(|_| RestoreStateError::Inconsistent("its scope is not usable"))?;
+        source.epoch = epoch;
+        if !source.config.has_replay {
+            return Ok(source);
+        }
+        let (hasher, limits, removal) = (source.config.hasher, source.config.limits, source.config.removal);
+        source.mirror = Mirror::restore(hasher, limits, removal, header, &saved.mirror)?;
+        source.repager = match (source.config.block_size, saved.repager.as_ref()) {
+            (Some(block), Some(repager)) => Some(Repager::restore(block, repager)?),
+            (None, None) => None,
+            _ => {
+                return Err(RestoreStateError::Inconsistent(
+                    "it rewrites blocks where none are, or does not",
+                ));
+            }
+        };
+        source.base = source.mirror.digests();
+        source.mirror.expire(now_ns, &mut source.ops);
+        source.last = saved.last.as_ref().map(|last| last.to_native());
+        for applied in saved.history.iter().rev() {
+            source.history.remember(applied.seq.to_native(), applied.fingerprint.to_native());
+        }
+        source.adapter = adapter;
+        source.rank = header.source.rank;
+        source.health = header.health;
+        source.unproved = source.last.is_some();
+        source.suspect = true;
+        source.learn_scope();
+        Ok(source)
+    }
+
+    /// Whether the state is a saved one that the engine has not confirmed yet.
+    pub fn is_unproved(&self) -> bool {
+        self.unproved
+    }
+}
+
+fn restore_adapter(
+    saved: &str,
+    configured: Option<&'static dyn Adapter>,
+) -> Result<Option<&'static dyn Adapter>, RestoreStateError> {
+    let known = adapter::adapter(saved);
+    let other = configured.is_some_and(|adapter| !saved.is_empty() && adapter.name() != saved);
+    if other || (known.is_none() && !saved.is_empty()) {
+        return Err(RestoreStateError::Foreign { what: "adapter" });
+    }
+    Ok(configured.or(known))
+}
