@@ -1,13 +1,14 @@
 //! One scope: its sources, their owners and its table, and how a frame changes them.
 //!
-//! Locking. `writer` serialises changes; `state` is what queries read. A change that is large (a piece of a snapshot,
+//! Locking. `writer` serialises changes; `state` is what queries read. A change that is large (an answer about a state,
 //! the blocks of an owner that was cleared) gives the state lock away every [`SLICE_KEYS`] keys so that no query
 //! waits for all of it. What a query may see in between is stated where it happens:
 //!
 //! * a live frame is applied in one step: a block that moves between tiers is never in neither;
 //! * a cleared owner is empty at once: it gets a fresh number, and the old number's blocks are taken out afterwards,
 //!   unreachable because no owner has that number any more;
-//! * a piece of a snapshot grows into view; its source is syncing and says so.
+//! * a state that was transferred changes in place, key by key: of a source that counts, each key is either as it was or as
+//!   it should be, and the source says that it is degraded; a source that is not proved does not count at all.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

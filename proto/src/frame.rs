@@ -99,7 +99,7 @@ pub struct FrameHeader {
     pub epoch: Epoch,
     /// Position in the epoch, contiguous from 0.
     pub seq: FrameSeq,
-    /// Live changes or a piece of a snapshot.
+    /// Changes, the start of an epoch, or an answer.
     pub part: FramePart,
     /// What the publisher knows about its own truth.
     pub health: SourceHealth,

@@ -157,7 +157,11 @@ async fn score(client: &Client, args: ScoreArgs, as_json: bool) -> Result<(), Fa
             format!("{} of {}", row.matched_blocks, answer.prompt_blocks),
             row.matched_tokens.to_string(),
             tiers.join(", "),
-            if row.known { state_name(row.state()).to_owned() } else { "not known".to_owned() },
+            if row.known {
+                trust(row.state(), &row.degraded_reason, row.verified_age_ms)
+            } else {
+                "not known".to_owned()
+            },
         ]);
     }
     output::line(&table.to_string());
@@ -166,6 +170,7 @@ async fn score(client: &Client, args: ScoreArgs, as_json: bool) -> Result<(), Fa
         answer.lookup_ns as f64 / 1e3,
         answer.coverage
     ));
+    answer.missing.iter().for_each(|missing| output::line(missing));
     Ok(())
 }
 
@@ -185,17 +190,12 @@ async fn owners(client: &Client, args: OwnersArgs, as_json: bool) -> Result<(), 
             .map(|owner| format!("{} group {} ({})", tier_name(owner.tier()), owner.group, owner.group_kind))
             .collect();
         let blocks: Vec<String> = source.owners.iter().map(|owner| owner.blocks.to_string()).collect();
-        let reason = if source.degraded_reason.is_empty() {
-            String::new()
-        } else {
-            format!(": {}", source.degraded_reason)
-        };
         table.add_row([
             source.model.clone(),
             source.block_size.to_string(),
             source.instance.clone(),
             source.data_parallel_rank.to_string(),
-            format!("{}{reason}", state_name(source.state())),
+            trust(source.state(), &source.degraded_reason, source.verified_age_ms),
             owners.join("\n"),
             blocks.join("\n"),
             format!("{:.1} s", source.silent_ms as f64 / 1e3),
@@ -291,6 +291,15 @@ pub fn tier_name(tier: grpc::Tier) -> &'static str {
     }
 }
 
+/// A state with its reason or age, for a person.
+fn trust(state: SourceState, reason: &str, verified_age_ms: Option<u64>) -> String {
+    match (state, verified_age_ms) {
+        (SourceState::Verified, Some(age)) => format!("verified {:.1} s ago", age as f64 / 1e3),
+        _ if reason.is_empty() => state_name(state).to_owned(),
+        _ => format!("{}: {reason}", state_name(state)),
+    }
+}
+
 fn state_name(state: SourceState) -> &'static str {
     match state {
         SourceState::Unspecified => "unspecified",
@@ -326,6 +335,8 @@ fn instance_json(row: &InstanceScore) -> Value {
         "engine_cached_tokens": row.engine_cached_tokens,
         "block_size": row.block_size,
         "state": state_name(row.state()),
+        "degraded_reason": row.degraded_reason,
+        "verified_age_ms": row.verified_age_ms,
         "tiers": tiers,
     })
 }
@@ -341,6 +352,7 @@ fn source_json(source: &Source) -> Value {
                 "group": owner.group,
                 "group_kind": owner.group_kind,
                 "blocks": owner.blocks,
+                "digest": owner.digest,
             })
         })
         .collect();

@@ -41,7 +41,7 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
         http = server.http_addr().map(tracing::field::display),
         bus = bus.describe(),
         engines = settings.engines.len(),
-        "kvatlas is ready"
+        "kvatlas is up; /readyz says when answers are complete"
     );
     stop.await;
     tracing::info!("stopping");
@@ -74,7 +74,7 @@ pub async fn shim(settings: Settings) -> Result<ExitCode, Failure> {
     registry.register_collector(Box::new(shims.clone()));
     let http = HttpServer::start(http_address(&settings), registry).await.map_err(Failure::run)?;
     let running = start_shims(&settings, &bus, &shims)?;
-    tracing::info!(http = %http.addr(), bus = bus.describe(), engines = settings.engines.len(), "the shim is ready");
+    tracing::info!(http = %http.addr(), bus = bus.describe(), engines = settings.engines.len(), "the shim is up");
     stop.await;
     tracing::info!("stopping");
     let stopping = async {

@@ -111,7 +111,7 @@ fn serve_on_free_ports(extra: &[&str]) -> (Running, String, String) {
         vec!["--log-format", "json", "serve", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"];
     arguments.extend_from_slice(extra);
     let mut server = Running::start(&arguments);
-    let line = server.wait_for("readiness", |line| line.contains("kvatlas is ready"));
+    let line = server.wait_for("the start", |line| line.contains("kvatlas is up"));
     let (grpc, http) = (field(&line, "grpc"), field(&line, "http"));
     (server, grpc, http)
 }
