@@ -20,6 +20,8 @@ struct History {
     epochs: BTreeMap<u64, EpochHistory>,
     /// After the newest frame.
     now: Rc<Content>,
+    /// What this life of the process began with, from its file.
+    restored: Content,
 }
 
 /// One epoch.
@@ -36,6 +38,11 @@ struct EpochHistory {
 impl Reference {
     pub(super) fn new(shims: usize) -> Self {
         Self((0..shims).map(|_| History::default()).collect())
+    }
+
+    /// Notes what a process begins with.
+    pub(super) fn restored(&mut self, shim: usize, content: Content) {
+        self.0[shim].restored = content;
     }
 
     /// Notes frames that were published in one go, after which the mirror is `mirror`. Says what is wrong with them.
@@ -103,8 +110,8 @@ impl History {
         Ok(())
     }
 
-    /// What is held when an epoch starts: of each owner nothing, or what was held before, or what the mirror holds less
-    /// the changes of the frames that follow; the digests say which.
+    /// What is held when an epoch starts: of each owner nothing, or what was held before, or what came from a file, or what
+    /// the mirror holds less the changes of the frames that follow; the digests say which.
     fn start(
         &self,
         header: &FrameHeader,
@@ -135,7 +142,7 @@ impl History {
             let of = |content: &Content| -> Content {
                 content.iter().filter(|(tier, _)| *tier == owner.tier).copied().collect()
             };
-            let candidates = [Content::new(), of(&self.now), of(&undone)];
+            let candidates = [Content::new(), of(&self.now), of(&self.restored), of(&undone)];
             let fitting = candidates.into_iter().find(|content| digest_of(content, owner.tier) == *digest);
             let Some(fitting) = fitting else {
                 return Err(format!(

@@ -4,14 +4,17 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use kvatlas_proto::InstanceId;
-use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_shim::source::{Live, PublishLimits, Source, SourceConfig, StateMark};
+use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, ReplyPart};
+use kvatlas_proto::keys::KEY_VERSION;
+use kvatlas_proto::request::{Request, RequestId};
+use kvatlas_proto::{InstanceId, Scope};
+use kvatlas_shim::source::{FRAME_OPS_BYTES, Live, PublishLimits, Source, SourceConfig, StateMark};
 
 use super::bus::Kind;
 use super::disk::Disk;
 use super::engine::Content;
 use super::op::{DiskFault, Process};
+use super::prompts::BLOCK_TOKENS;
 use super::reference::content_of_answer;
 use super::rng::Rng;
 use super::world::{Event, World};
@@ -23,7 +26,7 @@ pub(super) const REPLAY_TIMEOUT_US: u64 = 6_000_000;
 /// Time after which a replay socket that refuses connections is given up, microseconds.
 pub(super) const REPLAY_REFUSED_US: u64 = 200_000;
 /// Time between two attempts to have a restored state confirmed, microseconds.
-const PROVE_US: u64 = 1_000_000;
+const PROVE_US: u64 = 5_000_000;
 /// Buffers of worlds with small ones: a frame has a dozen blocks, and few frames can be sent again.
 const SMALL_BUFFERS: PublishLimits =
     PublishLimits { frame_ops_bytes: 128, sent_frames: 12, sent_bytes: 4_096 };
@@ -108,13 +111,34 @@ impl ShimProcess {
         START_NS + now_us * 1_000 - self.clock_back_ns
     }
 
-    /// What the mirror holds now, by its own answer. Everything must have been published.
-    pub(super) fn mirror(&mut self) -> Result<Content, String> {
-        let Some(source) = &mut self.source else { return Err("the process is dead".to_owned()) };
-        let request = Request { id: RequestId(0), epoch: source.position().0, want: Want::State(Vec::new()) };
-        let answer = source.answer(&request).map_err(|error| error.to_string())?;
-        Ok(content_of_answer(&answer))
+    /// What the mirror holds now, published or not.
+    pub(super) fn mirror(&self) -> Result<Content, String> {
+        let Some(source) = &self.source else { return Err("the process is dead".to_owned()) };
+        content_of_mirror(source).map_err(|error| error.to_string())
     }
+}
+
+/// Reads the mirror by what it would tell somebody who has nothing.
+fn content_of_mirror(source: &Source) -> Result<Content, EncodeFrameError> {
+    let (epoch, seq) = source.position();
+    let owners = source.mirror().owners();
+    let nothing = vec![None; owners.len()];
+    let header = FrameHeader {
+        scope: Scope::new(MODEL, "", BLOCK_TOKENS, KEY_VERSION).expect("a plain scope"),
+        source: source.id(),
+        variant: source.mirror().variant(),
+        epoch,
+        seq,
+        part: FramePart::Repair,
+        health: source.health(),
+        engine_time_ns: 0,
+        owners,
+        digests: Vec::new(),
+        reply: Some(ReplyPart { request: RequestId(0), piece: 0, pieces: 1 }),
+    };
+    let mut told = source.mirror().differences(&nothing, FRAME_OPS_BYTES);
+    let frames: Result<Vec<_>, _> = told.iter_mut().map(|ops| header.encode(ops).map(Bytes::from)).collect();
+    Ok(content_of_answer(&frames?))
 }
 
 // === impl World: shims ===
@@ -143,7 +167,10 @@ impl World {
         shim.source =
             Some(restored.unwrap_or_else(|| Source::new(config, now_ns).expect("a plain model name")));
         shim.saved = None;
-        let life = shim.life;
+        if let Ok(content) = shim.mirror() {
+            self.reference.restored(number, content);
+        }
+        let life = self.shims[number].life;
         self.log.line(now_us, format_args!("shim {number} starts {line}"));
         // Heartbeats of different shims are not in step.
         let first_us = self.between((1_000, HEARTBEAT_US));
@@ -185,8 +212,9 @@ impl World {
         if !source.is_unproved() {
             return;
         }
+        let waits = shim.is_replaying();
         self.after(PROVE_US, Event::Prove { shim: number, life });
-        if !shim.is_replaying() && self.engines[number].is_up() {
+        if !waits && self.engines[number].is_up() {
             self.on_engine_connected(number);
         }
     }
