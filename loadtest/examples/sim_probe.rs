@@ -7,7 +7,7 @@ fn main() {
     println!("{:?} {:?}", totals.counts, t.elapsed());
     println!(
         "seeds {} max {} at {} hash {:x}",
-        totals.seeds, totals.max_exact_ms, totals.slowest_seed, totals.log_hash
+        totals.seeds, totals.slowest.exact_ms, totals.slowest.seed, totals.log_hash
     );
     if let Some(r) = totals.failed {
         println!("{r}");

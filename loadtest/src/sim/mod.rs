@@ -46,7 +46,7 @@ use tracing::subscriber::NoSubscriber;
 
 pub use generate::generate;
 pub use op::{BusFault, DiskFault, Op, ParseScenarioError, Process, Scenario, Step, WorldConfig};
-pub use seeds::{Report, Totals, run_seeds};
+pub use seeds::{Report, Slowest, Totals, run_seeds};
 pub use shrink::shrink;
 use world::World;
 
@@ -74,6 +74,9 @@ pub enum Sabotage {
     None,
     /// Indexes do not see what is removed.
     SkipRemovals,
+    /// As [`Self::SkipRemovals`], but only until all faults stop, and nobody looks before everything is exact: what went
+    /// wrong must be found and repaired by the system itself.
+    SkipRemovalsUnseen,
 }
 
 /// What must hold and did not.
@@ -125,6 +128,8 @@ pub struct Outcome {
     pub counts: Counts,
     /// Longest virtual time from the end of faults until everything was exact, milliseconds; `None` if it never was.
     pub exact_after_ms: Option<u64>,
+    /// How much of it was allowed: [`EXACT_MS`], and leases and timeouts that were running.
+    pub allowed_ms: u64,
     /// What did not hold.
     pub failure: Option<Failure>,
     /// The log: its last lines, or all of it if asked.
@@ -137,23 +142,30 @@ pub fn run(scenario: &Scenario, sabotage: Sabotage, trace: bool) -> Outcome {
     // What simulated processes would log would drown what the real one has to say.
     let quietly = || tracing::subscriber::with_default(NoSubscriber::new(), || drive(&mut world, scenario));
     let driven = std::panic::catch_unwind(AssertUnwindSafe(quietly));
-    let exact_after_ms = driven.unwrap_or_else(|panic| {
+    let (exact_after_ms, allowed_ms) = driven.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         world.fail("nothing panics", text.to_owned());
-        None
+        (None, EXACT_MS)
     });
     Outcome {
         log_hash: world.log.hash(),
         counts: world.counts,
         exact_after_ms,
+        allowed_ms,
         failure: world.failure,
         lines: world.log.into_lines(),
     }
 }
 
-/// Returns the time to exactness.
-fn drive(world: &mut World, scenario: &Scenario) -> Option<u64> {
+/// Returns the time to exactness, if it came to that, and the one allowed.
+fn drive(world: &mut World, scenario: &Scenario) -> (Option<u64>, u64) {
+    let allowed_ms = disturb(world, scenario);
+    (settle(world, allowed_ms), allowed_ms)
+}
+
+/// Plays the steps and ends all faults. Returns how long it may take from now until everything is exact.
+fn disturb(world: &mut World, scenario: &Scenario) -> u64 {
     let last_ms = scenario.steps.iter().map(|step| step.at_ms).max().unwrap_or(0);
     world.run_until((last_ms + LAST_MS) * 1_000);
     world.calm();
@@ -164,15 +176,23 @@ fn drive(world: &mut World, scenario: &Scenario) -> Option<u64> {
     if world.shims.iter().any(shim_side::ShimProcess::is_replaying) {
         allowed_ms += REPLAY_MS;
     }
+    allowed_ms
+}
+
+/// Waits until everything is exact, and looks that it stays so.
+fn settle(world: &mut World, allowed_ms: u64) -> Option<u64> {
     let quiet_us = world.now_us;
     world.run_until(quiet_us + RECONNECTED_MS * 1_000);
     one_more_request(world);
-    let mut exact_after_ms = until_exact(world, quiet_us, allowed_ms)?;
+    let exact_after_ms = until_exact(world, quiet_us, allowed_ms)?;
+    if world.sabotage == Sabotage::SkipRemovalsUnseen {
+        world.sabotage = Sabotage::None;
+    }
     if heal(world) {
         let healed_us = world.now_us;
         world.run_until(healed_us + RECONNECTED_MS * 1_000);
         one_more_request(world);
-        exact_after_ms = exact_after_ms.max(until_exact(world, healed_us, EXACT_MS)?);
+        until_exact(world, healed_us, EXACT_MS)?;
         for shim in 0..world.shims.len() {
             if world.shims[shim].source().is_some_and(|source| source.health() != SourceHealth::Exact) {
                 world.fail("an engine's reset makes its publisher exact again", format!("shim {shim}"));
@@ -250,9 +270,10 @@ fn name(shim: usize) -> String {
 
 impl Sabotage {
     /// A frame as the index sees it.
-    fn frame(self, bytes: &Bytes) -> Bytes {
-        match (self, FrameView::parse(bytes)) {
-            (Self::SkipRemovals, Ok(view)) => {
+    fn frame(self, bytes: &Bytes, quiet: bool) -> Bytes {
+        let planted = self == Self::SkipRemovals || (self == Self::SkipRemovalsUnseen && !quiet);
+        match FrameView::parse(bytes) {
+            Ok(view) if planted => {
                 let mut ops = OpBuffer::default();
                 for op in view.ops() {
                     let owner = op.owner as u8;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::op::Scenario;
-use super::{Counts, Failure, Sabotage, generate, run, shrink};
+use super::{Counts, EXACT_MS, Failure, Sabotage, generate, run, shrink};
 
 /// What many simulations amounted to.
 #[derive(Clone, Debug, Default)]
@@ -15,14 +15,24 @@ pub struct Totals {
     pub seeds: u64,
     /// What happened in them.
     pub counts: Counts,
-    /// Longest virtual time from the end of faults until everything was exact, milliseconds.
-    pub max_exact_ms: u64,
-    /// The seed that took that long.
-    pub slowest_seed: u64,
+    /// Longest virtual time from the end of faults until everything was exact, where no lease and no timeout had to be waited
+    /// for.
+    pub slowest: Slowest,
+    /// The same where one had.
+    pub slowest_with_lease: Slowest,
     /// All logs' hashes in one: equal wherever the same seeds were run.
     pub log_hash: u64,
     /// The first seed that failed.
     pub failed: Option<Report>,
+}
+
+/// The longest time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slowest {
+    /// Milliseconds.
+    pub exact_ms: u64,
+    /// The seed that took them.
+    pub seed: u64,
 }
 
 /// A failing seed, for people.
@@ -64,8 +74,13 @@ pub fn run_seeds(
             totals.counts.add(&outcome.counts);
             // Whatever the order in which threads are done.
             totals.log_hash = totals.log_hash.wrapping_add(outcome.log_hash);
-            if outcome.exact_after_ms.is_some_and(|after_ms| after_ms > totals.max_exact_ms) {
-                (totals.max_exact_ms, totals.slowest_seed) = (outcome.exact_after_ms.unwrap_or(0), seed);
+            let slowest = if outcome.allowed_ms > EXACT_MS {
+                &mut totals.slowest_with_lease
+            } else {
+                &mut totals.slowest
+            };
+            if let Some(exact_ms) = outcome.exact_after_ms.filter(|after_ms| *after_ms > slowest.exact_ms) {
+                *slowest = Slowest { exact_ms, seed };
             }
             if let Some(failure) = outcome.failure {
                 stop.store(true, Ordering::Relaxed);

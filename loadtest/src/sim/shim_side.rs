@@ -389,7 +389,7 @@ impl World {
 
     /// Sends over the bus, as it is now.
     fn to_index(&mut self, shim: usize, index: usize, kind: Kind, frame: &Bytes) {
-        let frame = self.sabotage.frame(frame);
+        let frame = self.sabotage.frame(frame, self.quiet);
         let fingerprint = xxhash_rust::xxh3::xxh3_64(&frame);
         let deliveries = self.bus.send((shim, index), kind, &frame, self.now_us);
         self.log.line(

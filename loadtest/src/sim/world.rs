@@ -38,6 +38,8 @@ pub(super) struct World {
     pub(super) reference: Reference,
     /// A clock was set back: a source may be taken for an older life until its lease has ended.
     pub(super) clock_went_back: bool,
+    /// All faults have stopped.
+    pub(super) quiet: bool,
     rng: Rng,
     /// What happens to processes that stand still, once they go on.
     waiting: BTreeMap<Process, Vec<Event>>,
@@ -145,6 +147,7 @@ impl World {
             bus: Bus::new(seed, config.engines, config.indexes),
             reference: Reference::new(config.engines),
             clock_went_back: false,
+            quiet: false,
             rng: Rng::new(seed, "world", 0),
             waiting: BTreeMap::new(),
             queue: BinaryHeap::new(),
@@ -347,6 +350,7 @@ impl World {
     /// Ends every fault: processes run, links and sockets are there. What was lost stays lost.
     pub(super) fn calm(&mut self) {
         self.log.line(self.now_us, format_args!("QUIET"));
+        self.quiet = true;
         self.bus.calm();
         for shim in 0..self.shims.len() {
             self.shims[shim].stalled_until_us = 0;
