@@ -4,6 +4,7 @@ use kvatlas_proto::grpc as pb;
 use kvatlas_proto::{GroupKind, Tier};
 
 use crate::index::{DumpOwner, OwnerInfo, SourceInfo};
+use crate::outcome::Outcome;
 use crate::query::{ScoreAnswer, ScoreRow};
 use crate::sources::SourceState;
 
@@ -57,6 +58,15 @@ fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
 /// Block keys of large blocks may stand for more tokens than the field can say; then it says its most.
 fn tokens_of(blocks: u32, block_size: u32) -> u32 {
     blocks.saturating_mul(block_size)
+}
+
+/// The answer to a report.
+pub(crate) fn outcome_response(outcome: &Outcome) -> pb::ReportOutcomeResponse {
+    pb::ReportOutcomeResponse {
+        error_tokens: outcome.error_tokens(),
+        predicted_tokens: outcome.prediction.tokens,
+        prediction_source: outcome.source.into(),
+    }
 }
 
 /// One source of a list.

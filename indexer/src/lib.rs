@@ -24,6 +24,7 @@ mod ingest;
 pub mod matching;
 mod metrics;
 pub mod naive;
+mod outcome;
 mod query;
 mod request;
 mod scope_index;
@@ -51,9 +52,11 @@ pub use index::{
     DEFAULT_MAX_SOURCES_PER_SCOPE, DumpOwner, Expired, Index, IndexLimits, IndexTotals, LimitReached,
     MAX_TRANSFERS, OwnerFilter, OwnerInfo, SourceInfo,
 };
+pub use outcome::{REMEMBERED_REQUESTS, REMEMBERED_ROWS};
 pub use query::{PromptInput, ScoreAnswer, ScoreQuery, ScoreRow};
 pub use request::{
     MAX_CANDIDATES, MAX_MULTIMODAL_ITEMS, MAX_PROMPT_BLOCKS, MAX_PROMPT_KEYS, MAX_PROMPT_TOKENS,
+    MAX_REQUEST_NAME_BYTES,
 };
 pub use server::{
     DISCOVERY, DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,

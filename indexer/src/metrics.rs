@@ -2,6 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+use kvatlas_proto::grpc::PredictionSource;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -10,6 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::index::{Applied, IndexTotals};
+use crate::outcome::{Outcome, Unreported};
 use crate::sources::{DegradedReason, SourceState, Verdict};
 
 /// Why something was dropped, refused or counted apart.
@@ -35,6 +37,14 @@ pub(crate) struct ResultLabel {
 pub(crate) struct CallLabel {
     pub(crate) call: &'static str,
     pub(crate) result: &'static str,
+}
+
+/// A prediction that was compared with what an engine reported.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabel {
+    direction: &'static str,
+    tier: &'static str,
+    age: &'static str,
 }
 
 /// State of a source.
@@ -76,6 +86,11 @@ pub(crate) struct Metrics {
     pub(crate) checkpoint_duration: Gauge<f64, AtomicU64>,
     pub(crate) calls: Family<CallLabel, Counter>,
     pub(crate) lookup: LookupHistogram,
+    outcomes: Family<KindLabel, Counter>,
+    outcome_error: OutcomeHistograms,
+    outcome_predicted_tokens: Counter,
+    outcome_reported_tokens: Counter,
+    outcome_unreported: Family<ReasonLabel, Counter>,
     scopes: Gauge,
     blocks: Gauge,
     distinct_blocks: Gauge,
@@ -88,12 +103,28 @@ pub(crate) struct Metrics {
 #[derive(Clone, Debug)]
 pub(crate) struct LookupHistogram(pub(crate) Histogram);
 
+/// Errors of predictions, tokens.
+#[derive(Clone, Debug)]
+struct OutcomeHistograms(Family<OutcomeLabel, Histogram, fn() -> Histogram>);
+
 // === impl LookupHistogram ===
 
 impl Default for LookupHistogram {
     /// From 1 us, doubling 18 times to 0.26 s: a look-up takes microseconds, the longest prompts milliseconds.
     fn default() -> Self {
         Self(Histogram::new(exponential_buckets(1e-6, 2.0, 19)))
+    }
+}
+
+// === impl OutcomeHistograms ===
+
+impl Default for OutcomeHistograms {
+    /// 0 is the promise; 1 is the token that is always computed; from 16, a common block, doubling 13 times to 131,072,
+    /// a long prompt.
+    fn default() -> Self {
+        Self(Family::new_with_constructor(|| {
+            Histogram::new([0.0, 1.0].into_iter().chain(exponential_buckets(16.0, 2.0, 14)))
+        }))
     }
 }
 
@@ -151,6 +182,16 @@ impl Metrics {
                 "Owners in frames that were not taken in because a bound was reached.",
                 &self.owners_refused,
             ),
+            (
+                "outcome_predicted_tokens",
+                "Cached prompt tokens that were predicted for requests whose outcome was reported.",
+                &self.outcome_predicted_tokens,
+            ),
+            (
+                "outcome_reported_tokens",
+                "Cached prompt tokens that engines reported for the same requests.",
+                &self.outcome_reported_tokens,
+            ),
         ];
         for (name, help, counter) in counters {
             registry.register(name, help, counter.clone());
@@ -181,6 +222,11 @@ impl Metrics {
                 "Sources that were marked as silent, whose lease ended (gone), or that were dropped.",
                 &self.sources_expired,
             ),
+            (
+                "outcome_unreported",
+                "Scored requests that were forgotten before an outcome was reported: evicted for newer ones, or replaced by one with the same id.",
+                &self.outcome_unreported,
+            ),
         ];
         for (name, help, family) in by_reason {
             registry.register(name, help, family.clone());
@@ -206,6 +252,17 @@ impl Metrics {
             "Time of a score look-up on the server, without the network.",
             Unit::Seconds,
             self.lookup.0.clone(),
+        );
+        registry.register(
+            "outcomes",
+            "Reported outcomes by the prediction they were compared with; those that were looked up only when the report came are counted here and nowhere else.",
+            self.outcomes.clone(),
+        );
+        registry.register_with_unit(
+            "outcome_error",
+            "Difference between predicted and reported cached prompt tokens, by direction, slowest tier the prediction relied on, and time since the source had been verified.",
+            Unit::Other("tokens".to_owned()),
+            self.outcome_error.0.clone(),
         );
         let gauges = [
             (
@@ -282,6 +339,34 @@ impl Metrics {
         }
         if let Some(equal) = applied.transferred {
             self.transfers.get_or_create(&result(equal)).inc();
+        }
+    }
+
+    /// Counts a reported outcome.
+    pub(crate) fn count_outcome(&self, outcome: &Outcome) {
+        let kind = match outcome.source {
+            PredictionSource::Remembered => "remembered",
+            PredictionSource::Given => "given",
+            PredictionSource::LookedUp => "looked_up",
+            PredictionSource::Unspecified => "unspecified",
+        };
+        self.outcomes.get_or_create(&KindLabel { kind }).inc();
+        if !outcome.is_evidence() {
+            return;
+        }
+        self.outcome_predicted_tokens.inc_by(outcome.prediction.tokens.into());
+        self.outcome_reported_tokens.inc_by(outcome.reported.into());
+        let (direction, tier, age) = (outcome.direction(), outcome.tier(), outcome.age());
+        let histogram = self.outcome_error.0.get_or_create_owned(&OutcomeLabel { direction, tier, age });
+        histogram.observe(outcome.error_tokens().unsigned_abs() as f64);
+    }
+
+    /// Counts requests whose outcome nobody reported in time.
+    pub(crate) fn count_unreported(&self, unreported: Unreported) {
+        for (reason, count) in [("evicted", unreported.evicted), ("replaced", unreported.replaced)] {
+            if count > 0 {
+                self.outcome_unreported.get_or_create(&ReasonLabel { reason }).inc_by(count);
+            }
         }
     }
 

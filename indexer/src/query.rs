@@ -124,7 +124,8 @@ impl PromptInput<'_> {
         }
     }
 
-    fn tokens(&self) -> Option<u64> {
+    /// Length of the prompt, where it is known.
+    pub(crate) fn tokens(&self) -> Option<u64> {
         match self {
             Self::Tokens { ids, .. } => Some(ids.len() as u64),
             Self::Keys { prompt_tokens, .. } | Self::Suffix { prompt_tokens, .. } => {

@@ -1,9 +1,10 @@
 //! From gRPC requests to queries: every range the contract states is checked here, once, at the door. Pure.
 
-use kvatlas_proto::Tier;
 use kvatlas_proto::grpc as pb;
+use kvatlas_proto::ids::InvalidInstanceError;
 use kvatlas_proto::keys::{MultimodalItem, PromptExtras};
 use kvatlas_proto::scope::{MAX_BLOCK_SIZE, MAX_MODEL_BYTES, MAX_TENANT_BYTES};
+use kvatlas_proto::{InstanceId, Tier};
 
 use crate::index::OwnerFilter;
 use crate::matching::{TierWeights, WeightError};
@@ -19,9 +20,27 @@ pub const MAX_PROMPT_BLOCKS: u32 = 1_048_576;
 pub const MAX_CANDIDATES: usize = 4_096;
 /// Most multimodal items of a prompt; each block is compared with each of them.
 pub const MAX_MULTIMODAL_ITEMS: usize = 1_024;
+/// Longest name of a reported request, bytes. It is only logged.
+pub const MAX_REQUEST_NAME_BYTES: usize = 128;
+
+/// What an engine said about a request, and what that can be compared with.
+#[derive(Clone, Debug)]
+pub(crate) struct OutcomeReport<'a> {
+    /// Who served it; a valid name.
+    pub(crate) instance: &'a str,
+    pub(crate) rank: u32,
+    /// Prompt tokens that were cached.
+    pub(crate) reported: u32,
+    /// Id of the score request.
+    pub(crate) request_id: Option<u64>,
+    /// What the caller was told, tokens.
+    pub(crate) predicted: Option<u32>,
+    /// The prompt, asked about this instance.
+    pub(crate) lookup: Option<ScoreQuery<'a>>,
+}
 
 /// A request is missing something or out of range.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Debug, PartialEq, thiserror::Error)]
 pub(crate) enum RequestError {
     #[error("prompt is missing: give a model and token_ids, block_keys or suffix")]
     PromptMissing,
@@ -63,6 +82,22 @@ pub(crate) enum RequestError {
     WeightTier(i32),
     #[error("weights: {0}")]
     Weight(#[from] WeightError),
+    #[error("request has {0} bytes: give at most {MAX_REQUEST_NAME_BYTES}")]
+    RequestName(usize),
+    #[error(transparent)]
+    Instance(#[from] InvalidInstanceError),
+    #[error(
+        "cached_tokens is missing: give the prompt tokens that the engine reported as cached, 0 if none were"
+    )]
+    CachedTokensMissing,
+    #[error(
+        "there is nothing to compare with: give request_id (of the score request), predicted_tokens or prompt"
+    )]
+    PredictionMissing,
+    #[error(
+        "prompt.prompt_tokens is missing: what is cached of block_keys and suffix depends on the prompt's length"
+    )]
+    LengthMissing,
 }
 
 /// Checks a score request. `weights` are the server's, for tiers that the request does not list.
@@ -71,20 +106,51 @@ pub(crate) fn score_query(
     weights: TierWeights,
 ) -> Result<ScoreQuery<'_>, RequestError> {
     let prompt = request.prompt.as_ref().ok_or(RequestError::PromptMissing)?;
-    check_scope(&prompt.model, &prompt.tenant)?;
-    if request.candidates.len() > MAX_CANDIDATES {
-        return Err(RequestError::TooManyCandidates(request.candidates.len()));
-    }
-    let block_size = optional_block_size(prompt.block_size)?;
+    let query = prompt_query(prompt, &request.candidates, weights)?;
     Ok(ScoreQuery {
-        model: &prompt.model,
-        tenant: &prompt.tenant,
-        block_size,
-        input: prompt_input(prompt, block_size)?,
-        candidates: &request.candidates,
         weights: request.weights.iter().try_fold(weights, with_weight)?,
         limit: (request.limit > 0).then_some(request.limit as usize),
+        ..query
     })
+}
+
+/// Checks a report.
+pub(crate) fn outcome_report(
+    request: &pb::ReportOutcomeRequest,
+    weights: TierWeights,
+) -> Result<OutcomeReport<'_>, RequestError> {
+    if request.request.len() > MAX_REQUEST_NAME_BYTES {
+        return Err(RequestError::RequestName(request.request.len()));
+    }
+    InstanceId::new(request.instance.as_str())?;
+    let candidate = std::slice::from_ref(&request.instance);
+    let report = OutcomeReport {
+        instance: &request.instance,
+        rank: request.data_parallel_rank,
+        reported: request.cached_tokens.ok_or(RequestError::CachedTokensMissing)?,
+        request_id: (request.request_id != 0).then_some(request.request_id),
+        predicted: request.predicted_tokens,
+        lookup: request.prompt.as_ref().map(|prompt| prompt_query(prompt, candidate, weights)).transpose()?,
+    };
+    if report.request_id.is_none() && report.predicted.is_none() && report.lookup.is_none() {
+        return Err(RequestError::PredictionMissing);
+    }
+    Ok(report)
+}
+
+fn prompt_query<'a>(
+    prompt: &'a pb::Prompt,
+    candidates: &'a [String],
+    weights: TierWeights,
+) -> Result<ScoreQuery<'a>, RequestError> {
+    check_scope(&prompt.model, &prompt.tenant)?;
+    if candidates.len() > MAX_CANDIDATES {
+        return Err(RequestError::TooManyCandidates(candidates.len()));
+    }
+    let block_size = optional_block_size(prompt.block_size)?;
+    let input = prompt_input(prompt, block_size)?;
+    let (model, tenant) = (prompt.model.as_str(), prompt.tenant.as_str());
+    Ok(ScoreQuery { model, tenant, block_size, input, candidates, weights, limit: None })
 }
 
 /// Checks a list request.

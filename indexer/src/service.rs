@@ -9,18 +9,23 @@ use std::time::Instant;
 
 use futures_util::stream::{self, Stream};
 use kvatlas_proto::grpc as pb;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::answer;
+use crate::burst::BurstLimiter;
 use crate::clock::Clock;
 use crate::index::{DumpOwner, Index};
 use crate::matching::TierWeights;
 use crate::metrics::Metrics;
-use crate::request;
+use crate::outcome::{Outcome, OutcomeMemory, Prediction, ScoredRequest};
+use crate::query::{ScoreAnswer, ScoreQuery};
+use crate::request::{self, OutcomeReport, RequestError};
 use crate::status::{
-    self, AdmissionError, DumpInterruptedError, NotAnsweredError, ScoreError, StoppingError,
+    self, AdmissionError, DumpInterruptedError, NotAnsweredError, NotRememberedError, OutcomeError,
+    ScoreError, StoppingError,
 };
 
 /// Score streams open at a time: one per gateway replica and core, with room. Each holds one request in memory.
@@ -41,6 +46,8 @@ pub(crate) struct AtlasService {
     stop: CancellationToken,
     score_streams: Arc<Semaphore>,
     dumps: Arc<Semaphore>,
+    outcomes: Arc<Mutex<OutcomeMemory>>,
+    broken_promises: Arc<Mutex<BurstLimiter>>,
 }
 
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -80,6 +87,8 @@ impl AtlasService {
             stop,
             score_streams: Arc::new(Semaphore::new(MAX_OPEN_SCORE_STREAMS)),
             dumps: Arc::new(Semaphore::new(MAX_OPEN_DUMPS)),
+            outcomes: Arc::default(),
+            broken_promises: Arc::default(),
         }
     }
 
@@ -91,7 +100,69 @@ impl AtlasService {
         self.metrics.lookup.0.observe(elapsed.as_secs_f64());
         let lookup_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
         let (now_ms, ready) = (self.clock.now_ms(), *self.ready.borrow());
+        if request.request_id != 0 {
+            self.remember(request.request_id, &query, &answer, now_ms);
+        }
         Ok(answer::score_response(request.request_id, answer, lookup_ns, now_ms, ready))
+    }
+
+    /// Keeps what was said until somebody reports what came of it.
+    fn remember(&self, request_id: u64, query: &ScoreQuery<'_>, answer: &ScoreAnswer, now_ms: u64) {
+        // Without the prompt's length nothing is predicted.
+        let scored = query.input.tokens().map(|_| {
+            let cut_off = query.limit.is_some_and(|limit| answer.rows.len() >= limit);
+            ScoredRequest::new(answer, query.candidates.is_empty() && !cut_off, now_ms)
+        });
+        let unreported = self.outcomes.lock().remember(request_id, scored);
+        self.metrics.count_unreported(unreported);
+    }
+
+    fn answer_outcome(
+        &self,
+        request: &pb::ReportOutcomeRequest,
+    ) -> Result<pb::ReportOutcomeResponse, OutcomeError> {
+        let report = request::outcome_report(request, self.weights)?;
+        let (prediction, source) = self.prediction(&report)?;
+        let outcome = Outcome { prediction, source, reported: report.reported };
+        self.metrics.count_outcome(&outcome);
+        if outcome.is_broken_promise()
+            && let Some(withheld) = self.broken_promises.lock().admit(self.clock.now_ms())
+        {
+            tracing::warn!(
+                instance = report.instance, rank = report.rank, predicted = prediction.tokens,
+                reported = report.reported, tier = outcome.tier(), request = ?request.request,
+                request_id = request.request_id, withheld,
+                "an engine had less cached than a verified source promised"
+            );
+        }
+        Ok(answer::outcome_response(&outcome))
+    }
+
+    /// What the report is to be compared with: the first that there is.
+    fn prediction(
+        &self,
+        report: &OutcomeReport<'_>,
+    ) -> Result<(Prediction, pb::PredictionSource), OutcomeError> {
+        let (instance, rank) = (report.instance, report.rank);
+        let remembered = report.request_id.and_then(|id| self.outcomes.lock().reported(id, instance, rank));
+        if let Some(prediction) = remembered {
+            return Ok((prediction, pb::PredictionSource::Remembered));
+        }
+        if let Some(tokens) = report.predicted {
+            return Ok((Prediction::bare(tokens), pb::PredictionSource::Given));
+        }
+        let Some(query) = &report.lookup else {
+            let request_id = report.request_id.unwrap_or_default();
+            return Err(NotRememberedError { request_id, instance: instance.to_owned(), rank }.into());
+        };
+        if query.input.tokens().is_none() {
+            return Err(RequestError::LengthMissing.into());
+        }
+        let answer = self.index.score(query)?;
+        let now_ms = self.clock.now_ms();
+        let row = answer.rows.iter().find(|row| row.rank == rank);
+        let prediction = row.map_or(Prediction::bare(0), |row| Prediction::of_row(row, now_ms));
+        Ok((prediction, pb::PredictionSource::LookedUp))
     }
 
     /// Counts how a call ended.
@@ -163,9 +234,10 @@ impl pb::atlas_server::Atlas for AtlasService {
 
     async fn report_outcome(
         &self,
-        _: Request<pb::ReportOutcomeRequest>,
+        request: Request<pb::ReportOutcomeRequest>,
     ) -> Result<Response<pb::ReportOutcomeResponse>, Status> {
-        self.not_answered("ReportOutcome", "compare InstanceScore.engine_cached_tokens yourself")
+        let answer = self.answer_outcome(request.get_ref()).map_err(Status::from);
+        self.counted("ReportOutcome", answer).map(Response::new)
     }
 
     async fn list_owners(

@@ -15,6 +15,29 @@ pub(crate) enum ScoreError {
     BlockSize(#[from] BlockSizeMismatch),
 }
 
+/// Why a report has no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OutcomeError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error(transparent)]
+    BlockSize(#[from] BlockSizeMismatch),
+    #[error(transparent)]
+    NotRemembered(#[from] NotRememberedError),
+}
+
+/// Nothing is known of what was predicted.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no prediction for {instance} rank {rank} is remembered under request_id {request_id} (scored elsewhere, not with \
+     this instance, without a known prompt length, or too long ago): give predicted_tokens or prompt"
+)]
+pub(crate) struct NotRememberedError {
+    pub(crate) request_id: u64,
+    pub(crate) instance: String,
+    pub(crate) rank: u32,
+}
+
 /// The server answers as many such calls at a time as it takes.
 #[derive(Debug, thiserror::Error)]
 #[error("this server has {bound} open {call} calls, its limit: retry later or on another server")]
@@ -56,6 +79,16 @@ impl From<ScoreError> for Status {
     }
 }
 
+impl From<OutcomeError> for Status {
+    fn from(error: OutcomeError) -> Self {
+        match error {
+            OutcomeError::Request(error) => error.into(),
+            OutcomeError::BlockSize(error) => Self::failed_precondition(error.to_string()),
+            OutcomeError::NotRemembered(error) => Self::not_found(error.to_string()),
+        }
+    }
+}
+
 impl From<AdmissionError> for Status {
     fn from(error: AdmissionError) -> Self {
         Self::resource_exhausted(error.to_string())
@@ -90,6 +123,7 @@ pub(crate) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "ok",
         Code::InvalidArgument => "invalid_argument",
+        Code::NotFound => "not_found",
         Code::FailedPrecondition => "failed_precondition",
         Code::ResourceExhausted => "resource_exhausted",
         Code::Unimplemented => "unimplemented",

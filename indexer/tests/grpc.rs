@@ -294,7 +294,6 @@ async fn calls_that_are_not_answered_yet_say_so_and_what_to_use() {
     let statuses = [
         ("Plan", atlas.plan(pb::PlanRequest::default()).await.unwrap_err()),
         ("Speculate", atlas.speculate(pb::SpeculateRequest::default()).await.unwrap_err()),
-        ("ReportOutcome", atlas.report_outcome(pb::ReportOutcomeRequest::default()).await.unwrap_err()),
         ("Watch", atlas.watch(pb::WatchRequest::default()).await.unwrap_err()),
     ];
     for (call, status) in statuses {

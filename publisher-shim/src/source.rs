@@ -21,6 +21,19 @@
 //! A message that cannot be decoded spends its sequence and nothing else. A gap is asked for once; what the reply does
 //! not hold will never come (the engine could not encode it), so there is no loop.
 //!
+//! # After a loss
+//!
+//! What was held is not claimed any more, and health says so until a reset or another life. Blocks count again as the engine
+//! stores them again: since copies are counted from nothing, a count never exceeds the engine's.
+//!
+//! It is tempting to take a stored block as proof that its parent, named by hash, and all blocks before that are held, since a
+//! request keeps its prefix while it runs; hot prefixes would come back at once. Not done, because it does not hold for vLLM:
+//! when an external connector fails to load a block and the policy is to fail (the default), `evict_blocks` takes that block
+//! and all behind it in the failed request out of the cache, also those that another request shares and goes on using. That
+//! request is not stopped if it holds another copy of the block that failed (with EAGLE, whose look-up drops the last match,
+//! the failed request had loaded a second copy of one that was there). What it stores later has ancestors that are not in the
+//! cache. If the removals were among the lost events, these would be claimed, and no removal would ever take them back.
+//!
 //! # What the epoch promises
 //!
 //! An epoch begins with digests: what the mirror held when it began. From there its frames are contiguous and add up to the

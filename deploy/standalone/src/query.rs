@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use kvatlas_client::{Client, ClientConfig};
 use kvatlas_proto::grpc::{
-    self, BlockKeys, DumpRequest, InstanceScore, ListOwnersRequest, Prompt, ScoreRequest, Source,
-    SourceState, TokenIds,
+    self, BlockKeys, DumpRequest, InstanceScore, ListOwnersRequest, PredictionSource, Prompt,
+    ReportOutcomeRequest, ScoreRequest, Source, SourceState, TokenIds,
 };
 use serde_json::{Value, json};
 
@@ -36,6 +36,8 @@ pub struct QueryArgs {
 enum Question {
     /// How much of a prompt each instance holds.
     Score(ScoreArgs),
+    /// Tells what an engine reported as cached, to compare with what was predicted.
+    Outcome(OutcomeArgs),
     /// Who publishes, what they hold, and how far each can be trusted.
     Owners(OwnersArgs),
     /// The block keys of owners, one owner a line.
@@ -80,6 +82,28 @@ struct ScoreArgs {
     /// Most rows to show; 0: all.
     #[arg(long, default_value_t = 0)]
     limit: u32,
+    /// Number under which the server remembers the answer for `query outcome`; 0: it does not.
+    #[arg(long, default_value_t = 0, value_name = "ID")]
+    request_id: u64,
+}
+
+#[derive(Args)]
+struct OutcomeArgs {
+    /// Who served the request.
+    #[arg(long)]
+    instance: String,
+    /// Data-parallel rank of the instance.
+    #[arg(long, default_value_t = 0)]
+    rank: u32,
+    /// Prompt tokens that the engine reported as cached.
+    #[arg(long, value_name = "TOKENS")]
+    cached: u32,
+    /// Number that `query score` was given for the request; 0: none.
+    #[arg(long, default_value_t = 0, value_name = "ID")]
+    request_id: u64,
+    /// Cached tokens that were predicted when the request was routed.
+    #[arg(long, value_name = "TOKENS")]
+    predicted: Option<u32>,
 }
 
 #[derive(Args)]
@@ -115,6 +139,7 @@ pub async fn run(args: QueryArgs) -> Result<ExitCode, Failure> {
     let client = Client::connect(config).map_err(|error| Failure::usage(error.to_string()))?;
     match args.question {
         Question::Score(score_args) => score(&client, score_args, args.json).await?,
+        Question::Outcome(outcome_args) => outcome(&client, outcome_args, args.json).await?,
         Question::Owners(owners_args) => owners(&client, owners_args, args.json).await?,
         Question::Dump(dump_args) => dump(&client, dump_args, args.json).await?,
     }
@@ -126,6 +151,7 @@ async fn score(client: &Client, args: ScoreArgs, as_json: bool) -> Result<(), Fa
         prompt: Some(args.prompt.into_prompt()?),
         candidates: args.candidates,
         limit: args.limit,
+        request_id: args.request_id,
         ..ScoreRequest::default()
     };
     let answer = client.score(request).await.map_err(Failure::run)?;
@@ -171,6 +197,38 @@ async fn score(client: &Client, args: ScoreArgs, as_json: bool) -> Result<(), Fa
         answer.coverage
     ));
     answer.missing.iter().for_each(|missing| output::line(missing));
+    Ok(())
+}
+
+async fn outcome(client: &Client, args: OutcomeArgs, as_json: bool) -> Result<(), Failure> {
+    let request = ReportOutcomeRequest {
+        instance: args.instance,
+        data_parallel_rank: args.rank,
+        cached_tokens: Some(args.cached),
+        request_id: args.request_id,
+        predicted_tokens: args.predicted,
+        ..ReportOutcomeRequest::default()
+    };
+    let answer = client.report_outcome(request).await.map_err(Failure::run)?;
+    let source = match answer.prediction_source() {
+        PredictionSource::Unspecified => "unspecified",
+        PredictionSource::Remembered => "remembered",
+        PredictionSource::Given => "given",
+        PredictionSource::LookedUp => "looked up",
+    };
+    if as_json {
+        output::json(&json!({
+            "predicted_tokens": answer.predicted_tokens,
+            "prediction_source": source,
+            "reported_tokens": args.cached,
+            "error_tokens": answer.error_tokens,
+        }));
+        return Ok(());
+    }
+    output::line(&format!(
+        "predicted {} tokens ({source}), reported {}: error {:+}",
+        answer.predicted_tokens, args.cached, answer.error_tokens
+    ));
     Ok(())
 }
 

@@ -130,6 +130,13 @@ fn a_running_server_answers_queries_in_both_forms() {
     assert!(output.status.success(), "{output:?}");
     let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(answer["scope_known"], Value::Bool(false));
+    let remembered = ["--request-id", "9"];
+    assert!(run(&[&arguments[..], &remembered[..]].concat()).status.success());
+    let report = ["query", "--server", &grpc, "--json", "outcome", "--instance", "a:1", "--cached", "2"];
+    let output = run(&[&report[..], &remembered[..]].concat());
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&answer["prediction_source"], &answer["error_tokens"]), (&"remembered".into(), &(-2).into()));
+    refuses(&report, 1, "request_id");
     let output = run(&["query", "--server", &grpc, "owners"]);
     assert!(String::from_utf8(output.stdout).unwrap().contains("instance"));
     refuses(&["query", "--server", &grpc, "score", "--model", "m"], 2, "--tokens");

@@ -1,5 +1,5 @@
-//! Typed client of a kvatlas server: score, list of owners, dump; each call with a deadline and errors that name the
-//! server.
+//! Typed client of a kvatlas server: score, outcome, list of owners, dump; each call with a deadline and errors that name
+//! the server.
 //!
 //! The connection is made with the first call and again whenever it was lost, so a client can be made before its
 //! server runs. There are no retries here: a gateway that gets no score in time routes without one, and a tool says
@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use kvatlas_proto::grpc::atlas_client::AtlasClient;
 use kvatlas_proto::grpc::{
-    DumpRequest, DumpResponse, ListOwnersRequest, ListOwnersResponse, ScoreRequest, ScoreResponse,
+    DumpRequest, DumpResponse, ListOwnersRequest, ListOwnersResponse, ReportOutcomeRequest,
+    ReportOutcomeResponse, ScoreRequest, ScoreResponse,
 };
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
@@ -137,6 +138,17 @@ impl Client {
     pub async fn score(&self, request: ScoreRequest) -> Result<ScoreResponse, CallError> {
         let mut atlas = self.atlas.clone();
         let answer = within("Score", &self.endpoint, self.deadline, atlas.score(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Tells what an engine reported for a request, to compare with what was predicted.
+    pub async fn report_outcome(
+        &self,
+        request: ReportOutcomeRequest,
+    ) -> Result<ReportOutcomeResponse, CallError> {
+        let mut atlas = self.atlas.clone();
+        let answer =
+            within("ReportOutcome", &self.endpoint, self.deadline, atlas.report_outcome(request)).await?;
         Ok(answer.into_inner())
     }
 
