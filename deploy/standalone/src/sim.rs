@@ -7,7 +7,6 @@ use clap::{Args, Subcommand, value_parser};
 use kvatlas_loadtest::sim::{self, Counts, Sabotage, Totals, generate, run_seeds};
 use serde::Serialize;
 
-use crate::failure::Failure;
 use crate::output;
 
 /// How long a failing scenario is made smaller.
@@ -83,9 +82,9 @@ struct FaultsReport<'a> {
 }
 
 /// Runs `sim`.
-pub fn run(args: &SimArgs) -> Result<ExitCode, Failure> {
+pub fn run(args: &SimArgs) -> ExitCode {
     match &args.what {
-        What::Faults(args) => Ok(faults(args)),
+        What::Faults(args) => faults(args),
     }
 }
 

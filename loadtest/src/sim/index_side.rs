@@ -49,6 +49,11 @@ impl IndexProcess {
         self.is_up() && self.life == life
     }
 
+    /// True if it is dead and this life is the next one.
+    pub(super) fn awaits(&self, life: u32) -> bool {
+        !self.is_up() && self.life == life
+    }
+
     pub(super) fn is_up(&self) -> bool {
         self.index.is_some()
     }
@@ -62,7 +67,7 @@ impl IndexProcess {
         self.index.take()?;
         let (mut disk, life) = (std::mem::take(&mut self.disk), self.life + 1);
         disk.fail(fault, rng);
-        *self = Self { disk, life, ..Self::default() };
+        *self = Self { life, disk, ..Self::default() };
         Some(life)
     }
 }
@@ -85,7 +90,7 @@ impl World {
         let life = process.life;
         self.log.line(self.now_us, format_args!("index {number} starts"));
         for shim in 0..self.shims.len() {
-            self.to_shim(number, shim, Kind::Hello, &Bytes::new());
+            self.send_to_shim(number, shim, Kind::Hello, &Bytes::new());
         }
         self.after(POLL_US, Event::Poll { index: number, life });
         self.after(TICK_US, Event::Tick { index: number, life });
@@ -157,7 +162,7 @@ impl World {
         process.messages += 1;
         let heard = process.heard.entry(shim).or_default();
         *heard = epoch.max(*heard);
-        let scores = process.messages % SCORE_EVERY == 0;
+        let scores = process.messages.is_multiple_of(SCORE_EVERY);
         self.check_source(number, shim);
         if scores {
             self.check_scores(number);
@@ -212,7 +217,7 @@ impl World {
             *self.counts.repairs.entry(kind).or_default() += 1;
             self.log.line(self.now_us, format_args!("index {number} asks shim {shim}: {request:?}"));
             match request.encode() {
-                Ok(bytes) => self.to_shim(number, shim, Kind::Request, &bytes.into()),
+                Ok(bytes) => self.send_to_shim(number, shim, Kind::Request, &bytes.into()),
                 Err(error) => return self.fail("requests can be encoded", error.to_string()),
             }
         }
@@ -235,7 +240,7 @@ impl World {
     }
 
     /// Sends over the bus, as it is now.
-    fn to_shim(&mut self, index: usize, shim: usize, kind: Kind, payload: &Bytes) {
+    fn send_to_shim(&mut self, index: usize, shim: usize, kind: Kind, payload: &Bytes) {
         let fingerprint = xxhash_rust::xxh3::xxh3_64(payload);
         let deliveries = self.bus.send((shim, index), kind, payload, self.now_us);
         self.log.line(

@@ -28,6 +28,7 @@ mod generate;
 mod index_side;
 mod log;
 mod op;
+mod op_text;
 mod prompts;
 mod reference;
 mod rng;
@@ -45,7 +46,8 @@ use kvatlas_proto::frame::{Change, FrameView, OpBuffer, SourceHealth};
 use tracing::subscriber::NoSubscriber;
 
 pub use generate::generate;
-pub use op::{BusFault, DiskFault, Op, ParseScenarioError, Process, Scenario, Step, WorldConfig};
+pub use op::{BusFault, DiskFault, Op, Process, Scenario, Step, WorldConfig};
+pub use op_text::ParseScenarioError;
 pub use seeds::{Report, Slowest, Totals, run_seeds};
 pub use shrink::shrink;
 use world::World;
@@ -256,7 +258,7 @@ fn heal(world: &mut World) -> bool {
         } else {
             Op::RestartEngine { engine: shim, for_ms: 1 }
         };
-        world.step(op);
+        world.step(&op);
     }
     healed
 }

@@ -56,14 +56,23 @@ pub(super) struct ShimProcess {
     saved: Option<StateMark>,
     clock_back_ns: u64,
     inbox: VecDeque<Inbound>,
-    /// A replay is under way; the message that asked for it is offered again after it.
-    replaying: Option<Option<(u64, Bytes)>>,
+    replaying: Replaying,
     /// Requests that came while nothing could be answered.
     asked: VecDeque<(usize, Bytes)>,
     flush_due: bool,
     last_heartbeat_us: u64,
     /// When the next heartbeat is due.
     heartbeat_us: u64,
+}
+
+/// What a replay is under way for.
+#[derive(Default)]
+enum Replaying {
+    #[default]
+    Nothing,
+    Connection,
+    /// The message is offered again after it.
+    Message(u64, Bytes),
 }
 
 /// What arrives from the engine.
@@ -79,6 +88,11 @@ impl ShimProcess {
         self.is_up() && self.life == life
     }
 
+    /// True if it is dead and this life is the next one.
+    pub(super) fn awaits(&self, life: u32) -> bool {
+        !self.is_up() && self.life == life
+    }
+
     pub(super) fn is_up(&self) -> bool {
         self.source.is_some()
     }
@@ -89,7 +103,7 @@ impl ShimProcess {
 
     /// True while a replay is waited for, during which nothing is published.
     pub(super) fn is_replaying(&self) -> bool {
-        self.replaying.is_some()
+        !matches!(self.replaying, Replaying::Nothing)
     }
 
     /// Kills the process. Returns the number of its next life, or `None` if it was dead.
@@ -231,18 +245,18 @@ impl World {
 
     /// Deals with what came from the engine, until a replay has to be waited for.
     fn drain(&mut self, number: usize) {
-        while self.shims[number].replaying.is_none() {
+        while !self.shims[number].is_replaying() {
             let shim = &mut self.shims[number];
             let (Some(source), Some(inbound)) = (&mut shim.source, shim.inbox.pop_front()) else { break };
-            let (from, again) = match inbound {
-                Inbound::Connected => (source.connected(), None),
+            let asked = match inbound {
+                Inbound::Connected => source.connected().map(|from| (from, Replaying::Connection)),
                 Inbound::Message(seq, payload) => match source.live(seq, &payload, false) {
-                    Live::Done => (None, None),
-                    Live::Replay { from } => (Some(from), Some((seq, payload))),
+                    Live::Done => None,
+                    Live::Replay { from } => Some((from, Replaying::Message(seq, payload))),
                 },
             };
-            if let Some(from) = from {
-                shim.replaying = Some(again);
+            if let Some((from, replaying)) = asked {
+                shim.replaying = replaying;
                 let life = shim.life;
                 self.log.line(self.now_us, format_args!("shim {number} replays from {from}"));
                 self.after(100, Event::ReplayAsked { shim: number, life, from });
@@ -251,14 +265,14 @@ impl World {
         self.after_changes(number);
     }
 
-    pub(super) fn on_replay_ends(&mut self, number: usize, from: u64, messages: Option<Vec<(u64, Bytes)>>) {
+    pub(super) fn on_replay_ends(&mut self, number: usize, from: u64, messages: Option<&[(u64, Bytes)]>) {
         let shim = &mut self.shims[number];
         let Some(source) = &mut shim.source else { return };
-        let count = messages.as_ref().map(Vec::len);
-        if let Some(messages) = &messages {
+        let count = messages.map(<[_]>::len);
+        if let Some(messages) = messages {
             source.replayed(from, messages);
         }
-        if let Some((seq, payload)) = shim.replaying.take().flatten() {
+        if let Replaying::Message(seq, payload) = std::mem::take(&mut shim.replaying) {
             source.live(seq, &payload, true);
         }
         self.log.line(self.now_us, format_args!("shim {number} replayed {count:?}"));
@@ -273,7 +287,7 @@ impl World {
     fn after_changes(&mut self, number: usize) {
         let shim = &mut self.shims[number];
         let Some(source) = &shim.source else { return };
-        if shim.replaying.is_some() || !source.has_frames() {
+        if shim.is_replaying() || !source.has_frames() {
             return;
         }
         if source.wants_flush() {
@@ -341,7 +355,7 @@ impl World {
         self.counts.frames += frames.len() as u64;
         for frame in frames {
             for index in 0..self.indexes.len() {
-                self.to_index(number, index, Kind::Event, &frame);
+                self.send_to_index(number, index, Kind::Event, &frame);
             }
         }
     }
@@ -383,12 +397,12 @@ impl World {
             self.hurry_heartbeat(number, 0);
         }
         for frame in answer {
-            self.to_index(number, index, Kind::Reply, &frame);
+            self.send_to_index(number, index, Kind::Reply, &frame);
         }
     }
 
     /// Sends over the bus, as it is now.
-    fn to_index(&mut self, shim: usize, index: usize, kind: Kind, frame: &Bytes) {
+    fn send_to_index(&mut self, shim: usize, index: usize, kind: Kind, frame: &Bytes) {
         let frame = self.sabotage.frame(frame, self.quiet);
         let fingerprint = xxhash_rust::xxh3::xxh3_64(&frame);
         let deliveries = self.bus.send((shim, index), kind, &frame, self.now_us);

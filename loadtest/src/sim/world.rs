@@ -214,22 +214,22 @@ impl World {
         }
         match event {
             Event::GoesOn { process } => self.go_on(process),
-            Event::Step(op) => self.step(op),
+            Event::Step(op) => self.step(&op),
             Event::EngineStarts { engine } => self.start_engine(engine),
             Event::LinkUp { engine } => self.link_up(engine),
-            Event::EngineConnected { engine, connection } => {
-                if self.engines[engine].is_connected(connection) {
-                    self.on_engine_connected(engine);
-                }
+            Event::EngineConnected { engine, connection }
+                if self.engines[engine].is_connected(connection) =>
+            {
+                self.on_engine_connected(engine);
             }
-            Event::EngineMessage { engine, connection, seq, payload } => {
-                if self.engines[engine].is_connected(connection) {
-                    self.on_engine_message(engine, seq, payload);
-                }
+            Event::EngineMessage { engine, connection, seq, payload }
+                if self.engines[engine].is_connected(connection) =>
+            {
+                self.on_engine_message(engine, seq, payload);
             }
             Event::ReplayAsked { shim, life, from } => self.replay(shim, life, from),
             Event::ReplayEnds { shim, life, from, messages } if self.shims[shim].lives(life) => {
-                self.on_replay_ends(shim, from, messages);
+                self.on_replay_ends(shim, from, messages.as_deref());
             }
             Event::Flush { shim, life } if self.shims[shim].lives(life) => self.on_flush(shim),
             Event::Prove { shim, life } if self.shims[shim].lives(life) => self.on_prove(shim),
@@ -250,15 +250,11 @@ impl World {
             Event::Save { process: Process::Index(index), life } if self.indexes[index].lives(life) => {
                 self.save_index(index);
             }
-            Event::Starts { process: Process::Shim(shim), life } => {
-                if self.shims[shim].life == life && !self.shims[shim].is_up() {
-                    self.start_shim(shim);
-                }
+            Event::Starts { process: Process::Shim(shim), life } if self.shims[shim].awaits(life) => {
+                self.start_shim(shim);
             }
-            Event::Starts { process: Process::Index(index), life } => {
-                if self.indexes[index].life == life && !self.indexes[index].is_up() {
-                    self.start_index(index);
-                }
+            Event::Starts { process: Process::Index(index), life } if self.indexes[index].awaits(life) => {
+                self.start_index(index);
             }
             // For a life that is over.
             _ => {}
@@ -282,14 +278,14 @@ impl World {
         }
     }
 
-    pub(super) fn step(&mut self, op: Op) {
+    pub(super) fn step(&mut self, op: &Op) {
         self.log.line(self.now_us, format_args!("STEP {op}"));
         *self.counts.operations.entry(op.kind()).or_default() += 1;
         let ends_us = self.now_us + op.lasts_ms() * 1_000;
         // Choices inside a step depend on its time, not on the steps before it, so that leaving one out changes little.
         let mut rng = Rng::new(self.seed, "step", self.now_us);
         let now_us = self.now_us;
-        match op {
+        match *op {
             Op::Serve { engine, prompt, blocks } => {
                 self.work(engine, |engine| engine.serve(prompt, blocks, now_us));
             }
