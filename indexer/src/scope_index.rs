@@ -23,6 +23,7 @@ use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 use crate::changes::{Retired, SLICE_KEYS, SourceChange, buckets_of, purge};
 use crate::checkpoint::{SavedOwner, SavedSource};
+use crate::held::RecoveryLimits;
 use crate::matching::TierName;
 use crate::session::{OwnerName, Permits, Session};
 use crate::slots::Slots;
@@ -34,6 +35,7 @@ use crate::table::{OwnerNo, Table};
 pub(crate) struct Budget {
     pub(crate) max_entries: usize,
     pub(crate) max_owners: usize,
+    pub(crate) recovery: RecoveryLimits,
     entries: AtomicUsize,
     owners: AtomicUsize,
 }
@@ -120,8 +122,9 @@ pub(crate) struct Looked {
 // === impl Budget ===
 
 impl Budget {
-    pub(crate) fn new(max_entries: usize, max_owners: usize) -> Self {
-        Self { max_entries, max_owners, entries: AtomicUsize::new(0), owners: AtomicUsize::new(0) }
+    pub(crate) fn new(max_entries: usize, max_owners: usize, recovery: RecoveryLimits) -> Self {
+        let none = || AtomicUsize::new(0);
+        Self { max_entries, max_owners, recovery, entries: none(), owners: none() }
     }
 
     pub(crate) fn entries(&self) -> usize {
@@ -178,7 +181,7 @@ impl ScopeIndex {
     ) -> Option<Applied> {
         let _writer = self.writer.lock();
         let mut state = self.state.write();
-        let (no, before) = state.find_or_add_source(frame.header(), now_ms, max_sources)?;
+        let (no, before) = state.find_or_add_source(frame.header(), now_ms, max_sources, budget.recovery)?;
         let mut change = SourceChange::new(state, no, budget, now_ms, Applied::new(before));
         change.take(frame, bytes);
         Some(change.finish())
@@ -328,7 +331,7 @@ impl ScopeIndex {
         }
         let no = state.add_source(SourceEntry {
             id: saved.source.clone(),
-            tracker: SourceTracker::restored(saved.epoch, now_ms),
+            tracker: SourceTracker::restored(saved.epoch, now_ms).bounded_by(budget.recovery),
             variant: saved.variant,
             owners: Vec::new(),
         });
@@ -371,6 +374,7 @@ impl ScopeState {
         header: &FrameHeader,
         now_ms: u64,
         max_sources: usize,
+        recovery: RecoveryLimits,
     ) -> Option<(SourceNo, Option<SourceState>)> {
         if let Some(no) = self.ids.get(&header.source).copied() {
             let before = self.sources.get(no.0).map(|source| source.tracker.state());
@@ -381,7 +385,7 @@ impl ScopeState {
         }
         let entry = SourceEntry {
             id: header.source.clone(),
-            tracker: SourceTracker::new(now_ms),
+            tracker: SourceTracker::new(now_ms).bounded_by(recovery),
             variant: header.variant,
             owners: Vec::new(),
         };

@@ -17,6 +17,7 @@
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
 //! * [`bench_shim`]: the shim's benchmark, from raw payloads to frames.
+//! * [`sim`]: the protocol under faults, in virtual time.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
 //! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`], [`demo`] and parts of [`recovery`] know tokio; everything else is a function of
@@ -35,6 +36,7 @@ pub mod record;
 pub mod recovery;
 pub mod redact;
 pub mod replay;
+pub mod sim;
 pub mod sockets;
 pub mod stored;
 pub mod truth;

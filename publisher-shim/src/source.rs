@@ -57,7 +57,7 @@ mod publish;
 mod saved;
 mod sent;
 
-pub use publish::FRAME_OPS_BYTES;
+pub use publish::{FRAME_OPS_BYTES, PublishLimits};
 pub use saved::StateMark;
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
@@ -87,6 +87,8 @@ pub struct SourceConfig {
     pub removal: RemovalPolicy,
     /// Bounds of the mirror.
     pub limits: MirrorLimits,
+    /// Bounds of what is published and kept.
+    pub publish: PublishLimits,
     /// Whether the engine can be asked for past messages.
     pub has_replay: bool,
 }
@@ -171,6 +173,7 @@ impl SourceConfig {
             hasher: KeyHasher::default(),
             removal: RemovalPolicy::default(),
             limits: MirrorLimits::default(),
+            publish: PublishLimits::default(),
             has_replay: false,
         }
     }
@@ -290,7 +293,10 @@ impl Source {
             self.suspect = false;
             if self.last.is_some() {
                 self.restart();
-                self.health = SourceHealth::EventsLost;
+                // The very first message begins a life of which nothing was missed.
+                if seq > self.first_seq() {
+                    self.health = SourceHealth::EventsLost;
+                }
             }
         }
         match self.last {
