@@ -626,7 +626,9 @@ fn a_seed_of_the_operator_separates_indexes() {
     let keys: Vec<u64> =
         KeyHasher::new(KeySeed::secret(7)).chain(&tokens, 16).iter().map(|key| key.0).collect();
     for index in [&secret, &index()] {
-        send(index, &mut Publisher::new("m", "a:1"), &[Op::Stored(0, keys.clone())]);
+        let mut a = Publisher::new("m", "a:1");
+        a.root = KeyHasher::new(KeySeed::secret(7)).root().0;
+        send(index, &mut a, &[Op::Stored(0, keys.clone())]);
     }
     assert_eq!(depths(&secret, &by_tokens(&tokens, PromptExtras::default())).len(), 1);
 }

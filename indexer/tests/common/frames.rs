@@ -9,7 +9,8 @@ use kvatlas_proto::frame::{FrameHeader, FrameOwner, FramePart, OpBuffer, ReplyPa
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{OwnerBuckets, Request, Want};
 use kvatlas_proto::{
-    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, Scope, SourceId, Tier,
+    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, Scope, SourceId,
+    Tier,
 };
 
 /// One source; `header` may be changed between frames.
@@ -21,6 +22,8 @@ pub struct Publisher {
     pub sent: BTreeMap<u64, Bytes>,
     /// Blocks in one piece of an answer.
     pub piece_blocks: usize,
+    /// The key before every prompt's first one.
+    pub root: u64,
 }
 
 /// One operation on the owner with this position in the header.
@@ -62,6 +65,7 @@ impl Publisher {
             held: Vec::new(),
             sent: BTreeMap::new(),
             piece_blocks: 1_000,
+            root: KeyHasher::default().root().0,
         }
     }
 
@@ -96,7 +100,7 @@ impl Publisher {
         for op in ops {
             match op {
                 Op::Stored(owner, keys) => {
-                    let mut parent = 0;
+                    let mut parent = self.root;
                     for key in keys {
                         buffer.stored(*owner, BlockKey(parent), BlockKey(*key));
                         self.held[usize::from(*owner)].insert(*key, parent);
