@@ -6,11 +6,28 @@ use bytes::Bytes;
 use kvatlas_proto::FrameSeq;
 use kvatlas_proto::request::MAX_RANGES;
 
+use crate::index::MAX_TRANSFERS;
+use crate::session::STAGED_BYTES;
+
 /// Frames that are held for one source. A source publishes some hundred a second, and a lost frame is back within
 /// milliseconds; at the bound the newest is dropped and asked for later like a lost one.
-const HELD_FRAMES: usize = 4_096;
+pub const HELD_FRAMES: usize = 4_096;
 /// Bytes that are held for one source.
-const HELD_BYTES: usize = 8 << 20;
+pub const HELD_BYTES: usize = 8 << 20;
+
+/// Bounds of what repairs of lost frames may take. The defaults are right for every index; a simulation lowers them, so
+/// that small worlds reach them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecoveryLimits {
+    /// Frames that are held for one source while frames before them are missing.
+    pub held_frames: usize,
+    /// Bytes of such frames.
+    pub held_bytes: usize,
+    /// Bytes of an answer that are kept to be applied together.
+    pub staged_bytes: usize,
+    /// State transfers that run at the same time.
+    pub transfers: usize,
+}
 
 /// Frames of one source and epoch by sequence.
 #[derive(Clone, Debug, Default)]
@@ -19,15 +36,28 @@ pub(crate) struct HeldFrames {
     bytes: usize,
 }
 
+// === impl RecoveryLimits ===
+
+impl Default for RecoveryLimits {
+    fn default() -> Self {
+        Self {
+            held_frames: HELD_FRAMES,
+            held_bytes: HELD_BYTES,
+            staged_bytes: STAGED_BYTES,
+            transfers: MAX_TRANSFERS,
+        }
+    }
+}
+
 // === impl HeldFrames ===
 
 impl HeldFrames {
     /// Keeps a frame. False if there is no room.
-    pub(crate) fn hold(&mut self, seq: FrameSeq, frame: &Bytes) -> bool {
+    pub(crate) fn hold(&mut self, seq: FrameSeq, frame: &Bytes, limits: &RecoveryLimits) -> bool {
         if self.frames.contains_key(&seq) {
             return true;
         }
-        if self.frames.len() >= HELD_FRAMES || self.bytes + frame.len() > HELD_BYTES {
+        if self.frames.len() >= limits.held_frames || self.bytes + frame.len() > limits.held_bytes {
             return false;
         }
         self.bytes += frame.len();
@@ -78,6 +108,9 @@ mod tests {
 
     use super::*;
 
+    const LIMITS: RecoveryLimits =
+        RecoveryLimits { held_frames: HELD_FRAMES, held_bytes: HELD_BYTES, staged_bytes: 1, transfers: 1 };
+
     proptest! {
         #[test]
         fn what_is_missing_is_what_is_not_held(
@@ -87,7 +120,7 @@ mod tests {
             max_frames in 1u64..100,
         ) {
             let mut frames = HeldFrames::default();
-            held.iter().for_each(|seq| assert!(frames.hold(FrameSeq(*seq), &Bytes::from_static(b"x"))));
+            held.iter().for_each(|seq| assert!(frames.hold(FrameSeq(*seq), &Bytes::from_static(b"x"), &LIMITS)));
             let ranges = frames.missing(FrameSeq(first), FrameSeq(first + length - 1), max_frames);
             let asked: Vec<u64> = ranges.iter().flat_map(|(a, b)| a.0..=b.0).collect();
             let expected: Vec<u64> =
@@ -104,10 +137,10 @@ mod tests {
     fn at_the_bound_the_newest_is_dropped() {
         let mut frames = HeldFrames::default();
         let half = Bytes::from(vec![0; HELD_BYTES / 2]);
-        assert!(frames.hold(FrameSeq(1), &half) && frames.hold(FrameSeq(2), &half));
-        assert!(!frames.hold(FrameSeq(3), &half));
-        assert!(frames.hold(FrameSeq(2), &half), "what is held already needs no room");
+        assert!(frames.hold(FrameSeq(1), &half, &LIMITS) && frames.hold(FrameSeq(2), &half, &LIMITS));
+        assert!(!frames.hold(FrameSeq(3), &half, &LIMITS));
+        assert!(frames.hold(FrameSeq(2), &half, &LIMITS), "what is held already needs no room");
         frames.take(FrameSeq(1));
-        assert!(frames.hold(FrameSeq(3), &half));
+        assert!(frames.hold(FrameSeq(3), &half, &LIMITS));
     }
 }

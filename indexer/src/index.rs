@@ -18,6 +18,7 @@ use kvatlas_proto::{
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
+use crate::held::RecoveryLimits;
 use crate::matching::{SourceMatch, TierName};
 use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
@@ -50,6 +51,8 @@ pub struct IndexLimits {
     pub owners: usize,
     /// Blocks of all scopes, counted once per owner. At the bound, new ones are refused and their source is degraded.
     pub blocks: usize,
+    /// What repairs may take.
+    pub recovery: RecoveryLimits,
 }
 
 /// The map of who holds which block.
@@ -205,6 +208,7 @@ impl Default for IndexLimits {
             sources_per_scope: DEFAULT_MAX_SOURCES_PER_SCOPE,
             owners: DEFAULT_MAX_OWNERS,
             blocks: DEFAULT_MAX_BLOCKS,
+            recovery: RecoveryLimits::default(),
         }
     }
 }
@@ -231,9 +235,9 @@ impl Index {
             limits,
             hasher: KeyHasher::new(seed),
             scopes: RwLock::default(),
-            budget: Budget::new(limits.blocks, limits.owners, KeyHasher::new(seed).root()),
+            budget: Budget::new(limits, KeyHasher::new(seed).root()),
             troubled: Mutex::default(),
-            permits: Permits::new(MAX_TRANSFERS),
+            permits: Permits::new(limits.recovery.transfers),
             next_request: AtomicU64::new(1),
         }
     }

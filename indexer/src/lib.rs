@@ -45,6 +45,7 @@ mod frames;
 pub use bits::Bits;
 pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
 pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
+pub use held::{HELD_BYTES, HELD_FRAMES, RecoveryLimits};
 pub use http::{HttpServer, ListenError};
 pub use index::{
     Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,

@@ -24,6 +24,8 @@ use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use crate::changes::{Retired, SLICE_KEYS, SourceChange, buckets_of, purge};
 use crate::checkpoint::{SavedOwner, SavedSource};
 use crate::engine::{self, Engine, Holder, MAX_HOLDERS, Stored};
+use crate::held::RecoveryLimits;
+use crate::index::IndexLimits;
 use crate::matching::TierName;
 use crate::session::{OwnerName, Permits, Session};
 use crate::slots::Slots;
@@ -36,6 +38,7 @@ pub(crate) struct Budget {
     pub(crate) max_owners: usize,
     /// The key before every prompt's first one.
     pub(crate) root: BlockKey,
+    pub(crate) recovery: RecoveryLimits,
     entries: AtomicUsize,
     owners: AtomicUsize,
 }
@@ -125,8 +128,10 @@ pub(crate) struct Looked {
 // === impl Budget ===
 
 impl Budget {
-    pub(crate) fn new(max_entries: usize, max_owners: usize, root: BlockKey) -> Self {
-        Self { max_entries, max_owners, root, entries: AtomicUsize::new(0), owners: AtomicUsize::new(0) }
+    pub(crate) fn new(limits: IndexLimits, root: BlockKey) -> Self {
+        let none = || AtomicUsize::new(0);
+        let IndexLimits { blocks, owners, recovery, .. } = limits;
+        Self { max_entries: blocks, max_owners: owners, root, recovery, entries: none(), owners: none() }
     }
 
     pub(crate) fn entries(&self) -> usize {
@@ -186,7 +191,7 @@ impl ScopeIndex {
     ) -> Option<Applied> {
         let _writer = self.writer.lock();
         let mut state = self.state.write();
-        let (no, before) = state.find_or_add_source(frame.header(), now_ms, max_sources)?;
+        let (no, before) = state.find_or_add_source(frame.header(), now_ms, max_sources, budget.recovery)?;
         let mut change = SourceChange::new(state, no, budget, now_ms, Applied::new(before));
         change.take(frame, bytes);
         Some(change.finish())
@@ -336,7 +341,7 @@ impl ScopeIndex {
         }
         let no = state.add_source(SourceEntry {
             id: saved.source.clone(),
-            tracker: SourceTracker::restored(saved.epoch, now_ms),
+            tracker: SourceTracker::restored(saved.epoch, now_ms).bounded_by(budget.recovery),
             variant: saved.variant,
             owners: Vec::new(),
         });
@@ -379,6 +384,7 @@ impl ScopeState {
         header: &FrameHeader,
         now_ms: u64,
         max_sources: usize,
+        recovery: RecoveryLimits,
     ) -> Option<(SourceNo, Option<SourceState>)> {
         if let Some(no) = self.ids.get(&header.source).copied() {
             let before = self.sources.get(no.0).map(|source| source.tracker.state());
@@ -389,7 +395,7 @@ impl ScopeState {
         }
         let entry = SourceEntry {
             id: header.source.clone(),
-            tracker: SourceTracker::new(now_ms),
+            tracker: SourceTracker::new(now_ms).bounded_by(recovery),
             variant: header.variant,
             owners: Vec::new(),
         };

@@ -11,7 +11,7 @@ use kvatlas_proto::{CacheGroup, FrameSeq, Tier};
 
 /// Pieces that wait to be applied together, in bytes. A larger answer is applied in several steps, each of which only
 /// brings the content nearer to the truth.
-const STAGED_BYTES: usize = 16 << 20;
+pub(crate) const STAGED_BYTES: usize = 16 << 20;
 /// Most pieces of one answer: at 64 KiB each, 4 GiB.
 const MAX_PIECES: u32 = 65_536;
 
@@ -105,7 +105,13 @@ impl Session {
     }
 
     /// Takes a piece of an answer.
-    pub(crate) fn on_piece(&mut self, header: &FrameHeader, frame: &Bytes, now_ms: u64) -> Piece {
+    pub(crate) fn on_piece(
+        &mut self,
+        header: &FrameHeader,
+        frame: &Bytes,
+        staged_bytes: usize,
+        now_ms: u64,
+    ) -> Piece {
         let Some(reply) = header.reply.filter(|reply| reply.request == self.id) else {
             return Piece::Ignored;
         };
@@ -117,7 +123,7 @@ impl Session {
         self.staged_bytes += frame.len();
         self.staged.push(frame.clone());
         let complete = self.got.len() == reply.pieces as usize;
-        if complete || self.staged_bytes > STAGED_BYTES { Piece::Apply { complete } } else { Piece::Kept }
+        if complete || self.staged_bytes > staged_bytes { Piece::Apply { complete } } else { Piece::Kept }
     }
 
     /// The pieces that were not applied yet.

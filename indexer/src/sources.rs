@@ -34,7 +34,7 @@ use bytes::Bytes;
 use kvatlas_proto::frame::{FrameHeader, FramePart, SourceHealth};
 use kvatlas_proto::{Epoch, FrameSeq};
 
-use crate::held::HeldFrames;
+use crate::held::{HeldFrames, RecoveryLimits};
 use crate::session::{Piece, Session};
 
 /// Silence after which a source is marked, milliseconds: three missed heartbeats.
@@ -158,6 +158,7 @@ pub(crate) struct SourceTracker {
     last_seen_ms: u64,
     /// It is in the index's list of sources that may have to ask.
     pub(crate) queued: bool,
+    limits: RecoveryLimits,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -277,7 +278,13 @@ impl SourceTracker {
             health: SourceHealth::Exact,
             last_seen_ms: now_ms,
             queued: false,
+            limits: RecoveryLimits::default(),
         }
+    }
+
+    /// With other bounds.
+    pub(crate) fn bounded_by(self, limits: RecoveryLimits) -> Self {
+        Self { limits, ..self }
     }
 
     /// A source that a checkpoint tells of: nothing of it counts before it was proved.
@@ -303,8 +310,9 @@ impl SourceTracker {
     }
 
     fn start_epoch(&mut self, header: &FrameHeader, frame: &Bytes, now_ms: u64) -> Verdict {
-        let queued = self.queued;
-        *self = Self { epoch: Some(header.epoch), heard: Some(header.seq), queued, ..Self::new(now_ms) };
+        let (queued, limits) = (self.queued, self.limits);
+        *self =
+            Self { epoch: Some(header.epoch), heard: Some(header.seq), queued, limits, ..Self::new(now_ms) };
         self.health = header.health;
         if header.part == FramePart::Live && header.seq == FrameSeq(0) {
             self.phase = Phase::Live;
@@ -312,7 +320,7 @@ impl SourceTracker {
             return Verdict::NewEpoch;
         }
         // Heartbeats change nothing, and what has digests is compared by the caller; only changes are worth keeping.
-        self.held.hold(header.seq, frame);
+        self.held.hold(header.seq, frame, &self.limits);
         Verdict::NewEpochHidden
     }
 
@@ -341,7 +349,7 @@ impl SourceTracker {
             self.asking = Asking::NOW;
         }
         // ## unchanged
-        if self.held.hold(header.seq, frame) { Verdict::Held } else { Verdict::HeldOver }
+        if self.held.hold(header.seq, frame, &self.limits) { Verdict::Held } else { Verdict::HeldOver }
     }
 
     /// Takes over what an applied frame says about the source.
@@ -425,7 +433,7 @@ impl SourceTracker {
             Some(session) if self.epoch == Some(header.epoch) => {
                 self.last_seen_ms = now_ms;
                 self.silent = false;
-                session.on_piece(header, frame, now_ms)
+                session.on_piece(header, frame, self.limits.staged_bytes, now_ms)
             }
             _ => Piece::Ignored,
         }

@@ -1,5 +1,5 @@
 //! Writes seeds for the shim's fuzz targets from recorded streams: `fuzz_seeds RECORDINGS OUT` makes `OUT/decode`,
-//! `OUT/source` and `OUT/frame`. The inputs' forms are in the targets (`publisher-shim/fuzz/fuzz_targets`).
+//! `OUT/source`, `OUT/frame` and `OUT/state`. The inputs' forms are in the targets (`publisher-shim/fuzz/fuzz_targets`).
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -17,13 +17,15 @@ use kvatlas_shim::source::{Source, SourceConfig};
 const SEED_BYTES: usize = 4_096;
 /// Messages of each recording that become seeds of the decoder.
 const PAYLOADS_EACH: usize = 2;
+/// Messages after which the state is saved as a seed.
+const STATE_MESSAGES: usize = 1;
 /// The source's settings: block size from the engine, removals per copy, no replay, default bounds.
 const SETTINGS: u8 = 0;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
     let [recordings, out] = paths.as_slice() else { return Err("usage: fuzz_seeds RECORDINGS OUT".into()) };
-    for target in ["decode", "source", "frame"] {
+    for target in ["decode", "source", "frame", "state"] {
         fs::create_dir_all(out.join(target))?;
     }
     for path in check::recordings(recordings)? {
@@ -41,7 +43,9 @@ fn write_seeds(recording: &Recording, name: &str, out: &Path) -> Result<(), Box<
         .filter_map(|record| record.message().map(|message| message.payload))
         .filter(|payload| payload.len() <= SEED_BYTES)
         .collect();
-    let mut source = source()?;
+    let mut whole = source(None)?;
+    // Two pages of most recorded engines make one of its blocks.
+    let mut paged = source(Some(32))?;
     let mut steps = vec![SETTINGS];
     let mut lengths = BTreeSet::new();
     for (seq, payload) in payloads.into_iter().enumerate() {
@@ -55,16 +59,24 @@ fn write_seeds(recording: &Recording, name: &str, out: &Path) -> Result<(), Box<
         steps.push(0);
         steps.extend_from_slice(&u16::try_from(payload.len())?.to_le_bytes());
         steps.extend_from_slice(payload);
-        source.live(seq as u64, payload, false);
+        whole.live(seq as u64, payload, false);
+        paged.live(seq as u64, payload, false);
+        if seq == STATE_MESSAGES {
+            for (kind, source) in [("blocks", &whole), ("pages", &paged)] {
+                if let Some(state) = source.save()? {
+                    fs::write(out.join("state").join(format!("{name}-{kind}")), &state[PREAMBLE_BYTES..])?;
+                }
+            }
+        }
     }
     fs::write(out.join("source").join(name), &steps)?;
-    for frame in source.take_frames(2, false)? {
+    for frame in whole.take_frames(2, false)? {
         fs::write(out.join("frame").join(name), &frame[PREAMBLE_BYTES..])?;
     }
     Ok(())
 }
 
-fn source() -> Result<Source, Box<dyn Error>> {
-    let config = SourceConfig::new("m", InstanceId::new("a:1")?);
+fn source(block_size: Option<u32>) -> Result<Source, Box<dyn Error>> {
+    let config = SourceConfig { block_size, ..SourceConfig::new("m", InstanceId::new("a:1")?) };
     Ok(Source::new(config, 1)?)
 }

@@ -12,13 +12,15 @@
 //! * [`engine_sim`]: a simulated block manager that produces such events.
 //! * [`publisher`]: publishes a simulated engine's events.
 //! * [`record`]: records live engines.
+//! * [`recovery`]: faults against real parts, and how fast the map is true again.
 //! * [`redact`]: replaces what users said in recorded messages.
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
 //! * [`bench_shim`]: the shim's benchmark, from raw payloads to frames.
+//! * [`sim`]: the protocol under faults, in virtual time.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
-//! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`] and [`demo`] know tokio; everything else is a function of
+//! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`], [`demo`] and parts of [`recovery`] know tokio; everything else is a function of
 //! its arguments (and of the files it is told to read).
 
 pub mod bench_shim;
@@ -31,8 +33,10 @@ pub mod oracle;
 pub mod player;
 pub mod publisher;
 pub mod record;
+pub mod recovery;
 pub mod redact;
 pub mod replay;
+pub mod sim;
 pub mod sockets;
 pub mod stored;
 pub mod truth;

@@ -39,7 +39,7 @@ use worker::{Parts, Worker, wall_clock_ns};
 
 use crate::adapter::Adapter;
 use crate::mirror::{MirrorCounts, MirrorLimits, RemovalPolicy};
-use crate::source::{Source, SourceConfig, SourceCounts};
+use crate::source::{PublishLimits, Source, SourceConfig, SourceCounts};
 use crate::zmq::{self, Attach, Connection};
 
 /// Messages between the reading task and the source. At 50 steps a second that is 20 minutes of one engine rank.
@@ -227,6 +227,7 @@ impl Shim {
             hasher: config.hasher,
             removal: config.removal,
             limits: config.limits,
+            publish: PublishLimits::default(),
             has_replay: endpoint.replay.is_some(),
         };
         let state_file = state_dir.map(|dir| StateFile::new(dir, &config.instance, &endpoint.events));

@@ -21,6 +21,19 @@
 //! A message that cannot be decoded spends its sequence and nothing else. A gap is asked for once; what the reply does
 //! not hold will never come (the engine could not encode it), so there is no loop.
 //!
+//! # After a loss
+//!
+//! What was held is not claimed any more, and health says so until a reset or another life. Blocks count again as the engine
+//! stores them again: since copies are counted from nothing, a count never exceeds the engine's.
+//!
+//! It is tempting to take a stored block as proof that its parent, named by hash, and all blocks before that are held, since a
+//! request keeps its prefix while it runs; hot prefixes would come back at once. Not done, because it does not hold for vLLM:
+//! when an external connector fails to load a block and the policy is to fail (the default), `evict_blocks` takes that block
+//! and all behind it in the failed request out of the cache, also those that another request shares and goes on using. That
+//! request is not stopped if it holds another copy of the block that failed (with EAGLE, whose look-up drops the last match,
+//! the failed request had loaded a second copy of one that was there). What it stores later has ancestors that are not in the
+//! cache. If the removals were among the lost events, these would be claimed, and no removal would ever take them back.
+//!
 //! # What the epoch promises
 //!
 //! An epoch begins with digests: what the mirror held when it began. From there its frames are contiguous and add up to the
@@ -44,7 +57,7 @@ mod publish;
 mod saved;
 mod sent;
 
-pub use publish::FRAME_OPS_BYTES;
+pub use publish::{FRAME_OPS_BYTES, PublishLimits};
 pub use saved::StateMark;
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
@@ -74,6 +87,8 @@ pub struct SourceConfig {
     pub removal: RemovalPolicy,
     /// Bounds of the mirror.
     pub limits: MirrorLimits,
+    /// Bounds of what is published and kept.
+    pub publish: PublishLimits,
     /// Whether the engine can be asked for past messages.
     pub has_replay: bool,
 }
@@ -158,6 +173,7 @@ impl SourceConfig {
             hasher: KeyHasher::default(),
             removal: RemovalPolicy::default(),
             limits: MirrorLimits::default(),
+            publish: PublishLimits::default(),
             has_replay: false,
         }
     }
@@ -277,7 +293,10 @@ impl Source {
             self.suspect = false;
             if self.last.is_some() {
                 self.restart();
-                self.health = SourceHealth::EventsLost;
+                // The very first message begins a life of which nothing was missed.
+                if seq > self.first_seq() {
+                    self.health = SourceHealth::EventsLost;
+                }
             }
         }
         match self.last {

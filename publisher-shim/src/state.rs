@@ -137,7 +137,7 @@ pub(crate) mod wire {
 
     #[derive(Archive, Serialize, Deserialize)]
     pub struct Hash {
-        pub hash: u128,
+        pub name: u128,
         /// Key and parent are known.
         pub linked: bool,
         pub key: u64,

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +16,10 @@ use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, SourceId};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Progress, Shim, ShimConfig};
 use kvatlas_shim::zmq::Attach;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::timeout;
-use zeromq::{PubSocket, Socket as _, SocketSend as _, ZmqMessage};
+use zeromq::{PubSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqMessage};
 
 /// Far longer than anything here takes.
 const WAIT: Duration = Duration::from_secs(30);
@@ -31,7 +33,22 @@ struct Rig {
     subjects: Subjects,
 }
 
+/// The engine's replay socket: everything that was sent, to whoever asks.
+async fn serve_replays(mut socket: RouterSocket, sent: Arc<Mutex<Vec<(u64, Bytes)>>>) {
+    while let Ok(request) = socket.recv().await {
+        let frames = request.into_vec();
+        let from = u64::from_be_bytes(frames[2].as_ref().try_into().unwrap());
+        let kept: Vec<_> = sent.lock().iter().filter(|(seq, _)| *seq >= from).cloned().collect();
+        for (seq, payload) in kept.into_iter().chain([(u64::MAX, Bytes::new())]) {
+            let seq = Bytes::copy_from_slice(&seq.to_be_bytes());
+            let reply = vec![frames[0].clone(), Bytes::new(), Bytes::new(), seq, payload];
+            socket.send(ZmqMessage::try_from(reply).unwrap()).await.unwrap();
+        }
+    }
+}
+
 impl Rig {
+    /// Without a replay socket and a state.
     async fn start() -> Self {
         let mut engine = PubSocket::new();
         let address = engine.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
@@ -39,14 +56,12 @@ impl Rig {
         let bus: Arc<dyn Bus> = Arc::new(InProcessBus::new(InProcessConfig::default()));
         let events = bus.subscribe(subjects.all_events()).await.unwrap();
         let replies = bus.subscribe(subjects.all_replies(&asker())).await.unwrap();
-        let shim = Shim::start(&config(&address), &bus).unwrap();
+        let shim = Shim::start(&config(&address, None), &bus).unwrap();
         Self { engine, bus, shim, events, replies, subjects }
     }
 
     async fn publish(&mut self, n: u64) {
-        let event = StoredEvent { hashes: vec![n + 1], tokens: vec![n as u32; 4], ..StoredEvent::default() };
-        let payload = Bytes::from(batch_at(n as f64, vec![event.map()]));
-        let frames = vec![Bytes::new(), Bytes::copy_from_slice(&n.to_be_bytes()), payload];
+        let frames = vec![Bytes::new(), Bytes::copy_from_slice(&n.to_be_bytes()), message(n)];
         self.engine.send(ZmqMessage::try_from(frames).unwrap()).await.unwrap();
     }
 
@@ -98,6 +113,17 @@ impl Rig {
     }
 }
 
+/// A message that stores a block of its own.
+fn message(n: u64) -> Bytes {
+    let event = StoredEvent { hashes: vec![n + 1], tokens: vec![n as u32; 4], ..StoredEvent::default() };
+    Bytes::from(batch_at(n as f64, vec![event.map()]))
+}
+
+async fn wait(shim: &Shim, reached: impl FnMut(&Progress) -> bool) -> Progress {
+    let mut progress = shim.progress()[0].clone();
+    timeout(WAIT, progress.wait_for(reached)).await.unwrap().unwrap().clone()
+}
+
 fn asker() -> Asker {
     Asker::new("index-1").unwrap()
 }
@@ -106,7 +132,7 @@ fn source() -> SourceId {
     SourceId { instance: InstanceId::new("a:1").unwrap(), rank: DpRank(0) }
 }
 
-fn config(events: &str) -> ShimConfig {
+fn config(events: &str, replay: Option<String>) -> ShimConfig {
     ShimConfig {
         adapter: None,
         model: "m".to_owned(),
@@ -115,7 +141,7 @@ fn config(events: &str) -> ShimConfig {
         endpoints: vec![EndpointConfig {
             events: events.to_owned(),
             attach: Attach::Connect,
-            replay: None,
+            replay,
             topic: String::new(),
             rank: Some(DpRank(0)),
         }],
@@ -179,4 +205,58 @@ async fn what_is_no_request_is_counted_and_costs_nothing() {
     rig.ask(rig.epoch(), Want::State(vec![])).await;
     rig.reply().await;
     rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_survives_the_shim_and_goes_on_with_the_engine_s_replay() {
+    let (mut engine, mut router) = (PubSocket::new(), RouterSocket::new());
+    let events = engine.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+    let replay = router.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
+    let sent = Arc::new(Mutex::new((0..20).map(|n| (n, message(n))).collect::<Vec<_>>()));
+    let replays = tokio::spawn(serve_replays(router, sent.clone()));
+    let bus: Arc<dyn Bus> = Arc::new(InProcessBus::new(InProcessConfig::default()));
+    let dir = tempfile::tempdir().unwrap();
+    let start =
+        || Shim::start_with_state(&config(&events, Some(replay.clone())), &bus, Some(dir.path())).unwrap();
+
+    let shim = start();
+    let before = wait(&shim, |p| p.blocks == 20 && !p.pending && p.frames > 0).await;
+    assert_eq!((before.state.restored, before.state.refused), (false, None));
+    shim.shutdown().await;
+
+    // While the shim is down the engine goes on, and forgets its first messages.
+    sent.lock().extend((20..25).map(|n| (n, message(n))));
+    sent.lock().drain(..15);
+    let shim = start();
+    let after = wait(&shim, |p| p.blocks == 25 && !p.pending && p.frames > 0).await;
+    assert!(after.state.restored && after.position.0 > before.position.0);
+    assert_eq!((after.health.name(), after.counts.restarts), ("exact", 0));
+    shim.shutdown().await;
+
+    // Another engine's life, in which the same sequences mean other messages.
+    *sent.lock() = (0..30).map(|n| (n, message(n + 100))).collect();
+    let shim = start();
+    let after = wait(&shim, |p| p.blocks == 30 && !p.pending && p.frames > 0).await;
+    assert_eq!((after.state.restored, after.counts.restarts), (true, 1));
+    shim.shutdown().await;
+
+    // A damaged file costs what was in it and is replaced.
+    let file = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+    let bytes = fs::read(&file).unwrap();
+    fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    let shim = start();
+    let after = wait(&shim, |p| p.blocks == 30 && !p.pending).await;
+    assert_eq!((after.state.restored, after.state.refused), (false, Some("damaged")));
+    shim.shutdown().await;
+    assert!(fs::read(&file).unwrap().len() >= bytes.len());
+    replays.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_directory_that_cannot_be_made_is_an_error_at_the_start() {
+    let bus: Arc<dyn Bus> = Arc::new(InProcessBus::new(InProcessConfig::default()));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let config = config("tcp://127.0.0.1:1", None);
+    let error = Shim::start_with_state(&config, &bus, Some(file.path())).err().unwrap().to_string();
+    assert!(error.contains("state directory") && error.contains(file.path().to_str().unwrap()), "{error}");
 }

@@ -7,6 +7,8 @@ use clap::{Args, Subcommand, value_parser};
 use kvatlas_loadtest::bench_shim::{SEQUENCE_BLOCKS, ShimBench, ShimBenchError};
 use serde::Serialize;
 
+mod recovery;
+
 use crate::failure::Failure;
 use crate::output;
 
@@ -29,6 +31,8 @@ pub struct BenchArgs {
 enum Part {
     /// The publisher shim: an engine's raw event payloads in, encoded frames out, on one thread.
     Shim(ShimArgs),
+    /// Restarts and losses with real parts: seconds until the map is exact again, and whether an answer was ever wrong.
+    Recovery(recovery::RecoveryArgs),
 }
 
 #[derive(Args)]
@@ -66,9 +70,10 @@ struct Measured {
 }
 
 /// Runs `bench`.
-pub fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
+pub async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     match &args.part {
         Part::Shim(args) => shim(args).map_err(Failure::run),
+        Part::Recovery(args) => recovery::run(args).await,
     }
 }
 

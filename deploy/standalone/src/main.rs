@@ -12,6 +12,7 @@ mod record;
 mod replay;
 mod serve;
 mod settings;
+mod sim;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -48,6 +49,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measure a part of kvatlas on this machine.
     Bench(bench::BenchArgs),
+    /// Simulate the protocol under faults, in virtual time.
+    Sim(sim::SimArgs),
 }
 
 fn main() -> ExitCode {
@@ -78,7 +81,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Demo(args) => demo::run(args).await,
         Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => bench::run(args).await,
+        Command::Sim(args) => Ok(sim::run(&args)),
     }
 }
 

@@ -137,7 +137,8 @@ fn start_shims(
     let mut shims = Vec::new();
     for engine in &settings.engines {
         let config = engine.shim_config(hasher, &subjects)?;
-        let shim = Shim::start(&config, bus).map_err(|error| Failure::usage(error.to_string()))?;
+        let shim = Shim::start_with_state(&config, bus, settings.shim.state_dir.as_deref())
+            .map_err(|error| Failure::usage(error.to_string()))?;
         collector.watch(&shim);
         shims.push(shim);
     }

@@ -42,6 +42,8 @@ pub struct Settings {
     #[command(flatten)]
     pub nats: NatsSettings,
     #[command(flatten)]
+    pub shim: ShimSettings,
+    #[command(flatten)]
     pub server: ServerSettings,
 }
 
@@ -86,6 +88,16 @@ pub struct NatsSettings {
     /// PEM file with this client's private key.
     #[arg(long = "nats-key-file", env = "KVATLAS_NATS_KEY_FILE", value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+}
+
+/// `[shim]`: what is common to all followed engines.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct ShimSettings {
+    /// Directory in which each followed engine's blocks are written down, so that they survive a restart of this process if
+    /// the engine did not restart too. Used for engines with a replay socket. The files can hold token ids. Default: none.
+    #[arg(long, env = "KVATLAS_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
 }
 
 /// `[server]`: the index server.
@@ -167,6 +179,7 @@ impl Settings {
             engines: or_list(self.engines, file.engines),
             keys: KeySettings { key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file) },
             nats: self.nats.or(file.nats),
+            shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
             server: self.server.or(file.server),
         }
     }
@@ -345,6 +358,8 @@ mod tests {
             [server]
             grpc-listen = "0.0.0.0:7460"
             weight = ["cpu=0.5"]
+            [shim]
+            state-dir = "/var/lib/kvatlas"
             [[engine]]
             model = "m"
             instance = "10.0.0.7:8000"
@@ -355,6 +370,7 @@ mod tests {
         assert_eq!(settings.nats.url.len(), 1);
         assert_eq!(settings.server.grpc_listen.unwrap().port(), 7460);
         assert_eq!(settings.engines.len(), 1);
+        assert_eq!(settings.shim.state_dir.as_deref(), Some(Path::new("/var/lib/kvatlas")));
     }
 
     #[test]

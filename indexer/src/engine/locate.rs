@@ -37,7 +37,7 @@ pub(super) struct Deepest<'g> {
 /// Positions probed at once where a walk leaves a strand with many keys to go.
 const FAN: usize = 6;
 /// Keys from which on looking ahead pays; fewer are walked strand by strand.
-const JUMP_FROM: usize = 48;
+const JUMP_FROM: usize = 64;
 /// Keys from which on the first positions to probe are asked for before the walk begins.
 const ASK_FROM: usize = 256;
 

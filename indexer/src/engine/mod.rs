@@ -8,7 +8,7 @@
 //! * `sets`: sets of holders, immutable, each kept once, with remembered transitions.
 //! * `table`: one map from a key to its place, for all holders.
 //! * `locate`, `matched`: how a list of keys becomes runs of (start, end, holders).
-//! * `write`, `evict`: changes, and what gives way at the memory limit.
+//! * `write`, `ahead`, `evict`: changes, how their cache misses overlap, and what gives way at the memory limit.
 //! * `raw`: the only module with `unsafe`: who may free what, and when.
 //!
 //! Concurrency. Writers take turns ([`Engine::write`]). Readers take no lock and write no line that another reader
@@ -19,6 +19,7 @@
 //! What is absent on purpose: sources, tiers and time (a holder is a number here), and any trust that a removal or a
 //! parent makes sense: blocks may come in any order, with parents that nobody knows.
 
+mod ahead;
 mod evict;
 mod locate;
 mod matched;
@@ -89,6 +90,35 @@ pub struct Removed {
     pub blocks: usize,
     /// Of them, those that nobody holds any more.
     pub last_copies: usize,
+}
+
+/// One change of a list of changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Change<'k> {
+    /// Whose blocks.
+    pub holder: Holder,
+    /// What happens to them.
+    pub kind: ChangeKind,
+    /// Which blocks; see [`EngineWriter::store`] and [`EngineWriter::remove`].
+    pub keys: &'k [BlockKey],
+}
+
+/// What happens to the blocks of a [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// They are held from now on; the first one follows this block, or is a prompt's first.
+    Stored(Option<BlockKey>),
+    /// They are not held any longer.
+    Removed,
+}
+
+/// What became of a [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Of a store.
+    Stored(Stored),
+    /// Of a removal.
+    Removed(Removed),
 }
 
 /// What is still to be taken from a holder that was cleared.
@@ -259,18 +289,18 @@ impl EngineWriter<'_> {
         self.writer.remove(self.shared, holder, keys)
     }
 
-    /// Asks for what a store or removal of these keys will look at. Worth it a few changes ahead.
-    #[inline]
-    pub fn prefetch(&self, parent: Option<BlockKey>, keys: &[BlockKey]) {
-        let ask = |key: BlockKey| self.shared.table.prefetch(self.shared.table.hash(key), &self.writer.token);
-        if let Some(parent) = parent {
-            ask(parent);
-        }
-        if let [first, .., last] = keys {
-            ask(*first);
-            ask(*last);
-        } else if let Some(key) = keys.first() {
-            ask(*key);
+    /// Makes changes in order, and calls with the index and the outcome of each.
+    ///
+    /// Worth it over single calls: what a change will look at lies in several places that lead to one another, and
+    /// while one change is made, those of the next ones are on their way from memory.
+    pub fn apply(&mut self, changes: &[Change<'_>], mut with: impl FnMut(usize, Outcome)) {
+        for (at, change) in changes.iter().enumerate() {
+            self.writer.look_ahead(self.shared, changes, at);
+            let outcome = match change.kind {
+                ChangeKind::Stored(parent) => Outcome::Stored(self.store(change.holder, parent, change.keys)),
+                ChangeKind::Removed => Outcome::Removed(self.remove(change.holder, change.keys)),
+            };
+            with(at, outcome);
         }
     }
 

@@ -375,7 +375,7 @@ impl View<'_> {
         let fits = |at: usize| mine[at].load(Ordering::Relaxed) == keys[at].0;
         let (mut low, mut high) = (0, all);
         // Far ends are looked at several at a time: their lines come from memory side by side.
-        while high - low > STRIDE * FAN {
+        while high - low > LINEAR {
             let width = (high - low) / FAN;
             let mut hits = 0;
             for i in 1..=FAN {
@@ -400,6 +400,8 @@ impl View<'_> {
 const FAN: usize = 6;
 /// Keys of one cache line.
 const STRIDE: usize = 8;
+/// Stretches up to this length are gone along line by line: the processor fetches ahead by itself.
+const LINEAR: usize = 160;
 
 // === impl Steps ===
 

@@ -22,7 +22,7 @@ const PARTS: usize = 256;
 /// Slots in a bucket; the eighth word says what overflowed.
 const SLOTS: usize = 7;
 /// Filled slots of a part at which it grows, of 128. Measured: a fuller part costs more in look-ups than it saves.
-const FULL_128THS: usize = 116;
+const FULL_128THS: usize = 108;
 /// A part with fewer filled slots than this, of 128, is made smaller.
 const SPARSE_128THS: usize = 40;
 /// Buckets from which on parts grow at different moments (see [`grown`]).
@@ -30,9 +30,12 @@ const STAGGER_FROM: usize = 32;
 /// Buckets of one part at most: the length of a shared array.
 const MAX_BUCKETS: usize = 65_535;
 
+/// Buckets in which a displaced key is looked for by hash, before all others in turn.
+const SPREAD: usize = 6;
+
 const HASH_BITS: u32 = 28;
 /// The word about overflow: a filter over the low five hash bits of displaced keys whose home this is, then how many
-/// they are (16 bits), then how many buckets further on the furthest lies (16 bits).
+/// they are (16 bits), then how many buckets have to be looked into for the furthest (16 bits).
 const META: usize = SLOTS;
 
 /// What the table needs to know about a key.
@@ -91,6 +94,15 @@ impl Table {
         prefetch(lines.as_ptr().wrapping_add(home(hash.rest, lines.len())));
     }
 
+    /// The same, and the line where the slot is if that one is full.
+    #[inline]
+    pub(super) fn prefetch_pair(&self, hash: Hash, guard: &impl Guard) {
+        let lines = self.parts[hash.part].load(guard);
+        let at = home(hash.rest, lines.len());
+        prefetch(lines.as_ptr().wrapping_add(at));
+        prefetch(lines.as_ptr().wrapping_add(nth(at, 1, hash.rest, lines.len())));
+    }
+
     /// The first place whose slot fits. Nearly always the key's; `None` is certain.
     #[inline]
     pub(super) fn hint(&self, hash: Hash, guard: &impl Guard) -> Option<Place> {
@@ -143,10 +155,25 @@ fn home(rest: u64, buckets: usize) -> usize {
     (rest as usize * buckets) >> HASH_BITS
 }
 
-/// `at` may be past the end, by less than one round; a division would cost more than the look-up.
+/// The bucket to look into after `further` full ones. The first few are spread over the part by the hash: neighbours
+/// would fill each other's up. Behind them comes every bucket in turn, so that no free slot is missed.
 #[inline]
-fn wrapped(at: usize, buckets: usize) -> usize {
-    if at >= buckets { at - buckets } else { at }
+fn nth(home: usize, further: usize, rest: u64, buckets: usize) -> usize {
+    if further == 0 {
+        return home;
+    }
+    if further > SPREAD {
+        return (home + further - SPREAD) % buckets;
+    }
+    let stride = 1 + (((rest & 0x3ff) as usize * (buckets - 1)) >> 10);
+    let at = home + further * stride;
+    if at < buckets {
+        at
+    } else if at < 2 * buckets {
+        at - buckets
+    } else {
+        at % buckets
+    }
 }
 
 /// Bits of the slots with this hash.
@@ -170,7 +197,7 @@ fn find_displaced(
 ) -> Option<Place> {
     let reach = (meta >> 48) as usize;
     for further in 1..=reach {
-        let line = &lines[wrapped(home + further, lines.len())];
+        let line = &lines[nth(home, further, rest, lines.len())];
         let mut fits = fitting(line, rest);
         while fits != 0 {
             let place = Place::from_bits(line.0[fits.trailing_zeros() as usize].load(Ordering::Acquire));
@@ -227,7 +254,7 @@ impl TableWriter {
     ) {
         let lines = table.parts[hash.part].load(guard);
         let (at, further, index) = position(lines, hash.rest, place);
-        lines[wrapped(at + further, lines.len())].0[index].store(0, Ordering::Release);
+        lines[nth(at, further, hash.rest, lines.len())].0[index].store(0, Ordering::Release);
         if further > 0 {
             let meta = &lines[at].0[META];
             let value = meta.load(Ordering::Relaxed);
@@ -246,7 +273,8 @@ impl TableWriter {
     pub(super) fn replace(&self, table: &Table, hash: Hash, old: Place, new: Place, guard: &impl Guard) {
         let lines = table.parts[hash.part].load(guard);
         let (at, further, index) = position(lines, hash.rest, old);
-        lines[wrapped(at + further, lines.len())].0[index].store(slot(hash.rest, new), Ordering::Release);
+        lines[nth(at, further, hash.rest, lines.len())].0[index]
+            .store(slot(hash.rest, new), Ordering::Release);
     }
 
     fn rebuild(
@@ -308,7 +336,7 @@ fn position(lines: &[Line], rest: u64, place: Place) -> (usize, usize, usize) {
     let in_line =
         |line: &Line| line.0[..SLOTS].iter().position(|slot| slot.load(Ordering::Relaxed) == wanted);
     for further in 0..=(lines[at].0[META].load(Ordering::Relaxed) >> 48) as usize {
-        if let Some(index) = in_line(&lines[wrapped(at + further, lines.len())]) {
+        if let Some(index) = in_line(&lines[nth(at, further, rest, lines.len())]) {
             return (at, further, index);
         }
     }
@@ -320,8 +348,8 @@ fn position(lines: &[Line], rest: u64, place: Place) -> (usize, usize, usize) {
 fn put(lines: &[Line], rest: u64, place: Place) {
     let value = slot(rest, place);
     let at = home(rest, lines.len());
-    for further in 0..lines.len() {
-        let line = &lines[wrapped(at + further, lines.len())];
+    for further in 0..=lines.len() + SPREAD {
+        let line = &lines[nth(at, further, rest, lines.len())];
         let free = line.0[..SLOTS].iter().find(|slot| slot.load(Ordering::Relaxed) == 0);
         let Some(free) = free else { continue };
         free.store(value, Ordering::Release);

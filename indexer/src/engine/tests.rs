@@ -214,3 +214,42 @@ proptest! {
         prop_assert_eq!((totals.entries, totals.distinct, totals.ghosts, totals.floating), (0, 0, 0, 0));
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Lists that repeat keys, and give them other parents than before, change what is held as told and nothing else.
+    #[test]
+    fn contradictions_leave_every_part_in_agreement(
+        script in proptest::collection::vec(
+            (0..4u32, any::<bool>(), proptest::option::of(0..12u64), proptest::collection::vec(0..12u64, 1..7)),
+            1..60,
+        ),
+    ) {
+        let engine = Engine::default();
+        let mut naive: BTreeMap<u32, BTreeSet<u64>> = BTreeMap::new();
+        for (number, add, parent, keys) in script {
+            let keys: Vec<_> = keys.into_iter().map(BlockKey).collect();
+            let mut writer = engine.write();
+            let held = naive.entry(number).or_default();
+            if add {
+                let before = held.len();
+                held.extend(keys.iter().map(|key| key.0));
+                let stored = writer.store(Holder(number), parent.map(BlockKey), &keys);
+                prop_assert_eq!((stored.new, stored.refused), (held.len() - before, 0));
+            } else {
+                let before = held.len();
+                keys.iter().for_each(|key| drop(held.remove(&key.0)));
+                prop_assert_eq!(writer.remove(Holder(number), &keys).blocks, before - held.len());
+            }
+            prop_assert_eq!(writer.check(), Ok(()));
+            for (number, held) in &naive {
+                let mut keys = BTreeSet::new();
+                writer.keys_of(Holder(*number), |_, key| assert!(keys.insert(key.0)));
+                prop_assert_eq!(&keys, held);
+                let digest = kvatlas_proto::Digest::of(held.iter().map(|key| BlockKey(*key)));
+                prop_assert_eq!(writer.digest_of(Holder(*number)), digest);
+            }
+        }
+    }
+}

@@ -64,6 +64,16 @@ pub(super) struct HolderState {
 /// What new blocks follow.
 type Attach = Parent;
 
+/// What became of blocks that were to be added.
+struct Appended {
+    /// What the next block would follow.
+    last: Attach,
+    /// How many were not added.
+    left: usize,
+    /// The first of them is known already; otherwise there was no room.
+    met_known: bool,
+}
+
 // === impl Writer ===
 
 impl Writer {
@@ -171,11 +181,16 @@ impl Writer {
                 None => return Ok(fresh.len()),
             },
         };
-        let refused = self.append(shared, Some(holder), attach, fresh).1;
-        if refused > 0 {
+        let appended = self.append(shared, Some(holder), attach, fresh);
+        let left = &fresh[fresh.len() - appended.left..];
+        if appended.met_known {
+            let before = keys[..keys.len() - left.len()].last().copied().or(parent);
+            return self.store_each(shared, holder, before, left);
+        }
+        if !left.is_empty() {
             self.trim_at(shared, attach);
         }
-        Ok(refused)
+        Ok(left.len())
     }
 
     /// Stores keys of which any may be known, and gives strands whose beginning was unknown their parent.
@@ -209,13 +224,13 @@ impl Writer {
             }
             let known = |key: &&BlockKey| self.place_of(shared, **key).is_none();
             let run = keys[at..].iter().take_while(known).count();
-            let (last, refused) = self.append(shared, Some(holder), attach, &keys[at..at + run]);
-            if refused > 0 {
+            let appended = self.append(shared, Some(holder), attach, &keys[at..at + run]);
+            attach = appended.last;
+            at += run - appended.left;
+            if appended.left > 0 && !appended.met_known {
                 self.trim_at(shared, first);
-                return Ok(refused + keys.len() - at - run);
+                return Ok(keys.len() - at);
             }
-            attach = last;
-            at += run;
         }
         self.trim_at(shared, first);
         Ok(0)
@@ -376,24 +391,25 @@ impl Writer {
             return Some(place);
         }
         match self.append(shared, None, Attach::Unknown, &[key]) {
-            (Attach::At(place), 0) => Some(place),
+            Appended { last: Attach::At(place), left: 0, .. } => Some(place),
             _ => None,
         }
     }
 
-    /// Adds blocks that are not known. Returns the place of the last, and how many were refused.
+    /// Adds blocks that are not known, up to the first that is: a list may name a key twice, or one that was said to
+    /// follow another block.
     fn append(
         &mut self,
         shared: &Shared,
         holder: Option<Holder>,
         mut attach: Attach,
         mut keys: &[BlockKey],
-    ) -> (Attach, usize) {
+    ) -> Appended {
         let set = match holder {
             None => EMPTY,
             Some(holder) => match self.sets.toggled(&shared.sets, EMPTY, holder.0, true, &self.token) {
                 Some(set) => set,
-                None => return (attach, keys.len()),
+                None => return Appended { last: attach, left: keys.len(), met_known: false },
             },
         };
         while !keys.is_empty() {
@@ -408,7 +424,7 @@ impl Writer {
                 Some(strand) => strand,
                 None => match self.new_strand(shared, attach) {
                     Some(strand) => strand,
-                    None => return (attach, keys.len()),
+                    None => return Appended { last: attach, left: keys.len(), met_known: false },
                 },
             };
             let header = shared.strands.get(strand);
@@ -419,10 +435,15 @@ impl Writer {
                 shared.table.prefetch(shared.table.hash(*key), &self.token);
             }
             self.extend(shared, header, strand, now, set, holder);
-            let mut inserted = 0;
+            let (mut inserted, mut met_known) = (0, false);
             for (offset, key) in (from..).zip(now) {
                 let place = Place::new(strand, offset);
                 let hash = shared.table.hash(*key);
+                // The line is at hand: the insertion needs it too.
+                if self.place_of(shared, *key).is_some() {
+                    met_known = true;
+                    break;
+                }
                 let done =
                     self.table.insert(&shared.table, hash, place, &self.token, &shared.pins, &mut self.limbo);
                 if done.is_err() {
@@ -432,12 +453,15 @@ impl Writer {
             }
             if inserted < take {
                 self.cut_back(shared, strand, from + inserted as u32, from + take as u32, holder);
-                return (attach, keys.len() - inserted);
+                if let Some(last) = (from + inserted as u32).checked_sub(1).filter(|_| inserted > 0) {
+                    attach = Attach::At(Place::new(strand, last));
+                }
+                return Appended { last: attach, left: keys.len() - inserted, met_known };
             }
             attach = Attach::At(Place::new(strand, from + take as u32 - 1));
             keys = rest;
         }
-        (attach, 0)
+        Appended { last: attach, left: 0, met_known: false }
     }
 
     /// Undoes the end of an [`Self::extend`] whose keys found no place in the table.
@@ -447,7 +471,9 @@ impl Writer {
             self.edit(shared, strand, keep, end, holder, false);
         }
         self.shorten(shared, strand, keep);
-        self.trim(shared, strand);
+        if keep > 0 {
+            self.trim(shared, strand);
+        }
     }
 
     /// Writes keys and their holder at the end of a strand.

@@ -29,7 +29,10 @@ pub struct Publisher {
 /// One operation on the owner with this position in the header.
 #[derive(Clone, Debug)]
 pub enum Op {
+    /// Consecutive blocks from a prompt's first one.
     Stored(u8, Vec<u64>),
+    /// Consecutive blocks after this one.
+    StoredAfter(u8, u64, Vec<u64>),
     Removed(u8, Vec<u64>),
     Cleared(u8),
 }
@@ -99,14 +102,8 @@ impl Publisher {
         let mut buffer = OpBuffer::default();
         for op in ops {
             match op {
-                Op::Stored(owner, keys) => {
-                    let mut parent = self.root;
-                    for key in keys {
-                        buffer.stored(*owner, BlockKey(parent), BlockKey(*key));
-                        self.held[usize::from(*owner)].insert(*key, parent);
-                        parent = *key;
-                    }
-                }
+                Op::Stored(owner, keys) => self.store(&mut buffer, *owner, self.root, keys),
+                Op::StoredAfter(owner, parent, keys) => self.store(&mut buffer, *owner, *parent, keys),
                 Op::Removed(owner, keys) => {
                     for key in keys {
                         buffer.removed(*owner, BlockKey(*key));
@@ -120,6 +117,14 @@ impl Publisher {
             }
         }
         self.encode(&mut buffer)
+    }
+
+    fn store(&mut self, buffer: &mut OpBuffer, owner: u8, mut parent: u64, keys: &[u64]) {
+        for key in keys {
+            buffer.stored(owner, BlockKey(parent), BlockKey(*key));
+            self.held[usize::from(owner)].insert(*key, parent);
+            parent = *key;
+        }
     }
 
     /// A sign of life that says what is held.

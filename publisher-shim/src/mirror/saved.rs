@@ -22,7 +22,7 @@ impl Mirror {
             copies.extend(entry.copies.0.iter().map(|&(place, copies)| wire::Copies { place, copies }));
             let link = entry.link.unwrap_or(Link { key: BlockKey(0), parent: BlockKey(0) });
             wire::Hash {
-                hash: hash.to_raw(),
+                name: hash.to_raw(),
                 linked: entry.link.is_some(),
                 key: link.key.0,
                 parent: link.parent.0,
@@ -147,7 +147,7 @@ impl Mirror {
                 Some(link) => copies.places().into_iter().for_each(|place| self.hold(link, place)),
                 None => self.unresolved += 1,
             }
-            let hash = EngineHash::from_raw(record.hash.to_native());
+            let hash = EngineHash::from_raw(record.name.to_native());
             if self.hashes.insert(hash, HashEntry { link, copies, ghost_stamp: 0 }).is_some() {
                 return Err(RestoreStateError::Inconsistent("a hash is there twice"));
             }

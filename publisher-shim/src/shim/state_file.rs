@@ -4,9 +4,9 @@
 //! replaced by renaming a complete new one over it, so a crash leaves the old one or the new one. It is readable by its owner
 //! only: pages smaller than a block carry token ids.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use kvatlas_proto::InstanceId;
@@ -119,6 +119,8 @@ impl StateFile {
         let unfinished = self.0.with_extension("state.new");
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(MODE).open(&unfinished)?;
+        // One that an interrupted write left behind keeps the mode that it has.
+        file.set_permissions(Permissions::from_mode(MODE))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&unfinished, &self.0)?;
@@ -138,8 +140,6 @@ fn restore(config: SourceConfig, bytes: &[u8], now_ns: u64) -> Result<Source, Lo
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     fn instance(name: &str) -> InstanceId {
@@ -181,7 +181,8 @@ mod tests {
         fs::write(file.0.with_extension("state.new"), b"half").unwrap();
         file.write(&first.save().unwrap().unwrap()).unwrap();
         let (source, counts) = file.open(config(), 3).unwrap();
-        assert!(counts.restored && source.position().0 > first.position().0);
+        assert!(counts.restored, "{counts:?}");
+        assert!(source.position().0 > first.position().0);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(fs::metadata(&file.0).unwrap().permissions().mode() & 0o777, MODE);
     }

@@ -221,10 +221,9 @@ impl Worker {
     /// An engine that is idle and did not answer when the connection was made is asked again: until it answers, a restored state
     /// counts for nothing.
     async fn prove(&mut self, token: &CancellationToken) {
-        if self.parts.connection.borrow().up {
-            if let Some(from) = self.parts.source.connected() {
-                self.replay(from, token).await;
-            }
+        let up = self.parts.connection.borrow().up;
+        if up && let Some(from) = self.parts.source.connected() {
+            self.replay(from, token).await;
         }
         self.prove_at = Instant::now() + PROVE_SPACING;
     }

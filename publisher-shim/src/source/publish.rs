@@ -6,10 +6,31 @@ use kvatlas_proto::request::{OwnerBuckets, Request, RequestId, Want};
 use kvatlas_proto::{Digest, Epoch, FrameSeq, Scope};
 
 use super::Source;
+use super::sent::{SENT_BYTES, SENT_FRAMES};
 
 /// Operations per frame, in bytes. A frame of this size is far below a broker's limit and takes the index well under
 /// a millisecond, so that queries never wait long behind one.
 pub const FRAME_OPS_BYTES: usize = 64 * 1024;
+
+/// Bounds of what a source publishes and keeps. The defaults are right for every engine; a simulation lowers them, so that
+/// small worlds reach them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishLimits {
+    /// Operations per frame and per piece of an answer, in bytes.
+    pub frame_ops_bytes: usize,
+    /// Frames that are kept to be sent again.
+    pub sent_frames: usize,
+    /// Bytes of frames that are kept to be sent again.
+    pub sent_bytes: usize,
+}
+
+// === impl PublishLimits ===
+
+impl Default for PublishLimits {
+    fn default() -> Self {
+        Self { frame_ops_bytes: FRAME_OPS_BYTES, sent_frames: SENT_FRAMES, sent_bytes: SENT_BYTES }
+    }
+}
 
 // === impl Source ===
 
@@ -26,7 +47,7 @@ impl Source {
 
     /// Whether enough is waiting for a full frame.
     pub fn wants_flush(&self) -> bool {
-        self.ops.encoded_bytes() >= FRAME_OPS_BYTES
+        self.ops.encoded_bytes() >= self.config.publish.frame_ops_bytes
     }
 
     /// What was published may differ from the mirror: the next frame starts a new epoch with what the mirror holds now. A
@@ -62,7 +83,7 @@ impl Source {
         self.new_epoch = false;
         self.base = self.mirror.digests();
         self.next_frame = FrameSeq(self.next_frame.0 + frames.len() as u64);
-        frames.iter().for_each(|frame| self.sent.push(frame.clone()));
+        frames.iter().for_each(|frame| self.sent.push(frame.clone(), &self.config.publish));
         encoded
     }
 
@@ -81,7 +102,11 @@ impl Source {
             header.engine_time_ns = std::mem::take(&mut self.engine_time_ns);
         }
         while !self.ops.is_empty() {
-            push_frame(&mut header, &mut self.ops.take_chunk(FRAME_OPS_BYTES), &mut frames)?;
+            push_frame(
+                &mut header,
+                &mut self.ops.take_chunk(self.config.publish.frame_ops_bytes),
+                &mut frames,
+            )?;
         }
         if heartbeat {
             header.engine_time_ns = 0;
@@ -140,7 +165,7 @@ impl Source {
                 theirs.iter().find(same).map(|their| &their.buckets)
             })
             .collect();
-        let mut pieces = self.mirror.differences(&theirs, FRAME_OPS_BYTES);
+        let mut pieces = self.mirror.differences(&theirs, self.config.publish.frame_ops_bytes);
         if pieces.is_empty() {
             pieces.push(OpBuffer::default());
         }

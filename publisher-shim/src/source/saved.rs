@@ -13,6 +13,10 @@ use crate::state::{self, RestoreStateError, SaveStateError, wire};
 /// do; the rest is for engines that could not keep every message.
 const SAVED_MESSAGES: usize = 1_024;
 
+/// Where the clock is behind the saved epoch, the next one is somewhere in the second after it, by the clock's fraction of a
+/// second: two lives that begin with the same file, because the first one's own was lost, do not share a number.
+const EPOCH_SPREAD_NS: u64 = 1_000_000_000;
+
 /// Newest epoch that is taken over: one of a clock that is centuries ahead leaves none to follow it.
 const MAX_EPOCH: u64 = u64::MAX / 2;
 
@@ -74,7 +78,7 @@ impl Source {
             return Err(RestoreStateError::Foreign { what: "rank" });
         }
         let adapter = restore_adapter(&saved.adapter, config.adapter)?;
-        let epoch = Epoch(now_ns.max(header.epoch.0 + 1));
+        let epoch = Epoch(now_ns.max(header.epoch.0 + 1 + now_ns % EPOCH_SPREAD_NS));
         let mut source = Self::new(config, now_ns)
             .map_err(|_| RestoreStateError::Inconsistent("its scope is not usable"))?;
         source.epoch = epoch;

@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use kvatlas_proto::FrameSeq;
 
+use super::publish::PublishLimits;
+
 /// Most bytes of frames that are kept: about 1.5 million stored blocks, or half a minute of 50,000 blocks a second. Who missed
 /// more asks for what differs instead.
 pub const SENT_BYTES: usize = 16 << 20;
@@ -31,10 +33,10 @@ impl Sent {
     }
 
     /// Keeps the frame after the last one; the oldest go at the bounds.
-    pub(super) fn push(&mut self, frame: Bytes) {
+    pub(super) fn push(&mut self, frame: Bytes, limits: &PublishLimits) {
         self.bytes += frame.len();
         self.frames.push_back(frame);
-        while self.bytes > SENT_BYTES || self.frames.len() > SENT_FRAMES {
+        while self.bytes > limits.sent_bytes || self.frames.len() > limits.sent_frames {
             let Some(oldest) = self.frames.pop_front() else { return };
             self.bytes -= oldest.len();
             self.first += 1;
@@ -82,7 +84,7 @@ mod tests {
         for seq in 0..frames {
             let mut frame = seq.to_le_bytes().to_vec();
             frame.resize(bytes, 0);
-            sent.push(frame.into());
+            sent.push(frame.into(), &PublishLimits::default());
         }
         sent
     }
