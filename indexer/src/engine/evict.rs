@@ -33,18 +33,23 @@ impl Writer {
 
     /// True if something more may be stored; evicts if need be.
     pub(super) fn has_room(&mut self, shared: &Shared) -> bool {
-        if self.bytes(shared) <= self.limits.max_bytes {
+        if self.fits(shared) {
             return true;
         }
         for _ in 0..MAX_PER_STORE {
             let Some(strand) = self.oldest_leaf(shared) else { break };
             self.evict(shared, strand);
             self.tidy(shared);
-            if self.bytes(shared) <= self.limits.max_bytes {
+            if self.fits(shared) {
                 return true;
             }
         }
         false
+    }
+
+    /// What waits for readers to leave is as good as free: to evict more would not free it sooner.
+    fn fits(&self, shared: &Shared) -> bool {
+        self.bytes(shared) - self.limbo.bytes() <= self.limits.max_bytes
     }
 
     fn oldest_leaf(&mut self, shared: &Shared) -> Option<StrandNo> {

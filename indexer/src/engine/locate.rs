@@ -52,14 +52,13 @@ impl Shared {
     #[inline]
     pub(super) fn find(&self, key: BlockKey, guard: &impl Guard) -> Result<Option<Place>, Changed> {
         let mut changed = false;
-        let found =
-            self.table.find(self.table.hash(key), guard, |place| match self.view(place.strand(), guard) {
-                Ok(view) => view.is_at(place.offset(), key),
-                Err(Changed) => {
-                    changed = true;
-                    true
-                }
-            });
+        let found = self.table.find(self.table.hash(key), guard, |place| {
+            let Ok(view) = self.view(place.strand(), guard) else {
+                changed = true;
+                return true;
+            };
+            view.is_at(place.offset(), key)
+        });
         if changed { Err(Changed) } else { Ok(found) }
     }
 
@@ -134,12 +133,12 @@ impl Shared {
         self.table.prefetch(self.table.hash(keys[at + 1]), guard);
         ahead.asked = false;
         let mut places = [None; FAN];
-        for i in 0..FAN {
-            if ahead.positions[i] > at {
-                places[i] = self.table.hint(ahead.hashes[i], guard);
+        for ((place, position), hash) in places.iter_mut().zip(&ahead.positions).zip(&ahead.hashes) {
+            if *position > at {
+                *place = self.table.hint(*hash, guard);
                 // The strands on the way are needed later: have them all come at once.
-                match places[i] {
-                    Some(place) => prefetch(&self.strands, place),
+                match place {
+                    Some(place) => prefetch(&self.strands, *place),
                     None => break,
                 }
             }

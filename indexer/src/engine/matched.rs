@@ -194,9 +194,9 @@ impl Match {
     fn touch(&mut self, strand: StrandNo) {
         let at = self.touches % MAX_TOUCHED;
         if at < self.touched.len() {
-            self.touched[at] = strand
+            self.touched[at] = strand;
         } else {
-            self.touched.push(strand)
+            self.touched.push(strand);
         }
         self.touches += 1;
     }

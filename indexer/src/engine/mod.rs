@@ -8,7 +8,8 @@
 //! * `sets`: sets of holders, immutable, each kept once, with remembered transitions.
 //! * `table`: one map from a key to its place, for all holders.
 //! * `locate`, `matched`: how a list of keys becomes runs of (start, end, holders).
-//! * `write`, `ahead`, `evict`: changes, how their cache misses overlap, and what gives way at the memory limit.
+//! * `write`, `shape`, `holdings`, `ahead`: changes: what they say, what becomes of strands, what one holder has, and
+//!   how the cache misses of many overlap. `evict`: what gives way at the memory limit.
 //! * `raw`: the only module with `unsafe`: who may free what, and when.
 //!
 //! Concurrency. Writers take turns ([`Engine::write`]). Readers take no lock and write no line that another reader
@@ -21,10 +22,12 @@
 
 mod ahead;
 mod evict;
+mod holdings;
 mod locate;
 mod matched;
 mod raw;
 mod sets;
+mod shape;
 mod strand;
 mod table;
 mod verify;

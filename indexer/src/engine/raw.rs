@@ -15,7 +15,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Readers that can be inside a look-up of one engine at the same time. A look-up takes a microsecond and does not
 /// wait, so more threads than this are rarely inside at once; one more waits for a place.
@@ -23,6 +23,8 @@ const PIN_SLOTS: usize = 64;
 /// Things to free after which the writer looks whether it can: often enough that little is kept, seldom enough that
 /// looking at all pins costs nothing.
 const COLLECT_AFTER: usize = 64;
+/// The same in bytes, for large arrays.
+const COLLECT_AFTER_BYTES: usize = 32 << 10;
 /// The first chunk of an arena; every further one is twice as large, so ids of 24 bits need 18.
 const FIRST_CHUNK: usize = 64;
 const CHUNKS: usize = 19;
@@ -105,6 +107,7 @@ pub(super) struct Freed {
 pub(super) struct Limbo {
     waiting: std::collections::VecDeque<(u64, Waiting)>,
     since_collect: usize,
+    bytes_since_collect: usize,
     bytes: usize,
 }
 
@@ -113,7 +116,6 @@ pub(super) struct Arena<T: Plain> {
     chunks: [AtomicPtr<T>; CHUNKS],
     /// Where the chunks were allocated: each is aligned inside its allocation.
     bases: [AtomicPtr<u8>; CHUNKS],
-    bytes: AtomicUsize,
 }
 
 // === impl Owned ===
@@ -294,7 +296,7 @@ impl Limbo {
     /// Takes an array that left its slot.
     pub(super) fn words(&mut self, pins: &Pins, gone: Option<Unlinked<AtomicU64>>) {
         if let Some(gone) = gone {
-            self.bytes += Owned::<AtomicU64>::bytes_of((gone.0 & LENGTH) as usize);
+            self.count(Owned::<AtomicU64>::bytes_of((gone.0 & LENGTH) as usize));
             self.push(pins, Waiting::Words(gone.0));
         }
     }
@@ -302,7 +304,7 @@ impl Limbo {
     /// Takes a bucket array that left its slot.
     pub(super) fn lines(&mut self, pins: &Pins, gone: Option<Unlinked<Line>>) {
         if let Some(gone) = gone {
-            self.bytes += Owned::<Line>::bytes_of((gone.0 & LENGTH) as usize);
+            self.count(Owned::<Line>::bytes_of((gone.0 & LENGTH) as usize));
             self.push(pins, Waiting::Lines(gone.0));
         }
     }
@@ -320,6 +322,11 @@ impl Limbo {
         self.bytes
     }
 
+    fn count(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.bytes_since_collect += bytes;
+    }
+
     fn push(&mut self, pins: &Pins, what: Waiting) {
         self.waiting.push_back((pins.epoch.load(Ordering::SeqCst), what));
         self.since_collect += 1;
@@ -327,10 +334,10 @@ impl Limbo {
 
     /// Frees what can be freed. The token says that the writer itself looks at nothing meanwhile.
     pub(super) fn collect(&mut self, _token: &mut Token, pins: &Pins, freed: &mut Freed) {
-        if self.since_collect < COLLECT_AFTER {
+        if self.since_collect < COLLECT_AFTER && self.bytes_since_collect < COLLECT_AFTER_BYTES {
             return;
         }
-        self.since_collect = 0;
+        (self.since_collect, self.bytes_since_collect) = (0, 0);
         let safe = pins.advance();
         while let Some((epoch, _)) = self.waiting.front()
             && *epoch < safe
@@ -375,7 +382,6 @@ impl<T: Plain> Default for Arena<T> {
         Self {
             chunks: std::array::from_fn(|_| AtomicPtr::default()),
             bases: std::array::from_fn(|_| AtomicPtr::default()),
-            bytes: AtomicUsize::new(0),
         }
     }
 }
@@ -416,7 +422,6 @@ impl<T: Plain> Arena<T> {
         let start = unsafe { base.add(skip) };
         self.bases[chunk].store(base, Ordering::Relaxed);
         self.chunks[chunk].store(start.cast(), Ordering::Release);
-        self.bytes.fetch_add(layout.size(), Ordering::Relaxed);
     }
 
     /// Of a word's alignment only: such memory comes zeroed from the system, page by page as it is used, so that
@@ -424,11 +429,6 @@ impl<T: Plain> Arena<T> {
     fn layout(chunk: usize) -> Layout {
         let bytes = (FIRST_CHUNK << chunk) * size_of::<T>() + align_of::<T>();
         Layout::from_size_align(bytes, 8).expect("ids have 24 bits")
-    }
-
-    /// Bytes of the address space it takes; the unused part of the last chunk has no memory yet.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes.load(Ordering::Relaxed)
     }
 
     /// Prepares a look at the element.

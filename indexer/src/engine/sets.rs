@@ -41,7 +41,6 @@ const PAIRS: u32 = 1 << 31;
 pub(super) struct SetEntry {
     /// Index of the first word (10 bits), number of words (11 bits), and [`PAIRS`].
     shape: AtomicU32,
-    holders: AtomicU32,
     inline: [AtomicU64; INLINE],
     more: Slot<AtomicU64>,
 }
@@ -64,12 +63,6 @@ pub(super) struct SetWriter {
 // === impl SetEntry ===
 
 impl SetEntry {
-    /// Number of holders.
-    #[inline]
-    pub(super) fn holders(&self) -> u32 {
-        self.holders.load(Ordering::Relaxed)
-    }
-
     #[inline]
     pub(super) fn contains(&self, holder: u32, guard: &impl Guard) -> bool {
         let (word, bit) = (holder / 64, 1u64 << (holder % 64));
@@ -135,8 +128,6 @@ impl SetEntry {
     fn write(&self, words: &[(u32, u64)]) -> usize {
         let first = words.first().map_or(0, |word| word.0);
         let span = words.last().map_or(0, |word| (word.0 - first + 1) as usize);
-        let holders = words.iter().map(|word| word.1.count_ones()).sum();
-        self.holders.store(holders, Ordering::Relaxed);
         let mut bytes = 0;
         let shape = if span <= INLINE {
             self.inline.iter().for_each(|word| word.store(0, Ordering::Relaxed));

@@ -22,7 +22,7 @@ const PARTS: usize = 256;
 /// Slots in a bucket; the eighth word says what overflowed.
 const SLOTS: usize = 7;
 /// Filled slots of a part at which it grows, of 128. Measured: a fuller part costs more in look-ups than it saves.
-const FULL_128THS: usize = 108;
+const FULL_128THS: usize = 112;
 /// A part with fewer filled slots than this, of 128, is made smaller.
 const SPARSE_128THS: usize = 40;
 /// Buckets from which on parts grow at different moments (see [`grown`]).
@@ -101,6 +101,16 @@ impl Table {
         let at = home(hash.rest, lines.len());
         prefetch(lines.as_ptr().wrapping_add(at));
         prefetch(lines.as_ptr().wrapping_add(nth(at, 1, hash.rest, lines.len())));
+    }
+
+    /// Asks for the second line of a key that is to be inserted, if its first one is full.
+    #[inline]
+    pub(super) fn prefetch_if_full(&self, hash: Hash, guard: &impl Guard) {
+        let lines = self.parts[hash.part].load(guard);
+        let at = home(hash.rest, lines.len());
+        if lines[at].0[..SLOTS].iter().all(|slot| slot.load(Ordering::Relaxed) != 0) {
+            prefetch(lines.as_ptr().wrapping_add(nth(at, 1, hash.rest, lines.len())));
+        }
     }
 
     /// The first place whose slot fits. Nearly always the key's; `None` is certain.
@@ -267,14 +277,6 @@ impl TableWriter {
             let wanted = (lines.len() / 2).max(1);
             self.rebuild(table, hash.part, wanted, guard, pins, limbo);
         }
-    }
-
-    /// The key moves from one place to another.
-    pub(super) fn replace(&self, table: &Table, hash: Hash, old: Place, new: Place, guard: &impl Guard) {
-        let lines = table.parts[hash.part].load(guard);
-        let (at, further, index) = position(lines, hash.rest, old);
-        lines[nth(at, further, hash.rest, lines.len())].0[index]
-            .store(slot(hash.rest, new), Ordering::Release);
     }
 
     fn rebuild(

@@ -215,6 +215,176 @@ proptest! {
     }
 }
 
+/// Chains of `LENGTH` blocks with a common beginning; the key says chain and position.
+fn chain(number: u64, length: u64) -> Vec<BlockKey> {
+    (0..length).map(|at| BlockKey(if at < 8 { at + 1 } else { (number + 1) << 32 | at })).collect()
+}
+
+/// Holder h stores chain blocks in order and removes them from the end, one by one: at any moment it holds a beginning.
+/// Beside that, holder h + 1 always holds exactly one block more or as many as holder h. A reader that mixes two
+/// moments would sooner or later see something else.
+#[test]
+fn readers_beside_a_writer_see_states_that_existed() {
+    const LENGTH: usize = if cfg!(miri) { 12 } else { 300 };
+    const ROUNDS: usize = if cfg!(miri) { 2 } else { 60 };
+    const CHAINS: u64 = 3;
+    let engine = Engine::default();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let looked = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for reader in 0..2 {
+            let (engine, done, looked) = (&engine, &done, &looked);
+            scope.spawn(move || {
+                let mut seen = Match::default();
+                let mut at = reader;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    at += 1;
+                    let number = at % CHAINS;
+                    let keys = chain(number, LENGTH as u64);
+                    engine.find(&keys, &mut seen);
+                    let found = depths(&mut seen);
+                    let of = |holder: u64| found.get(&(holder as u32)).copied().unwrap_or(0);
+                    let (behind, ahead) = (of(2 * number), of(2 * number + 1));
+                    assert!(ahead == behind || ahead == behind + 1, "{behind} and {ahead} of chain {number}");
+                    // What is held has no hole.
+                    for run in seen.runs().filter(|run| run.contains(Holder(2 * number as u32))) {
+                        assert!(run.end <= behind, "{run:?} behind {behind}");
+                    }
+                    looked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+            });
+        }
+        for round in 0..ROUNDS {
+            for number in 0..CHAINS {
+                let keys = chain(number, LENGTH as u64);
+                let (behind, ahead) = (Holder(2 * number as u32), Holder(2 * number as u32 + 1));
+                for (at, key) in keys.iter().enumerate() {
+                    let parent = at.checked_sub(1).map(|before| keys[before]);
+                    let mut writer = engine.write();
+                    writer.store(ahead, parent, &[*key]);
+                    writer.store(behind, parent, &[*key]);
+                }
+                // A third holder comes and goes as a whole.
+                let guest = Holder(100 + round as u32 % 7);
+                engine.write().store(guest, None, &keys);
+                engine.write().clear(guest);
+                for key in keys.iter().rev() {
+                    let mut writer = engine.write();
+                    writer.remove(behind, &[*key]);
+                    writer.remove(ahead, &[*key]);
+                }
+            }
+        }
+        while looked.load(std::sync::atomic::Ordering::Relaxed) < 4 {
+            std::thread::yield_now();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let writer = engine.write();
+    assert_eq!(writer.check(), Ok(()));
+    assert_eq!(writer.entries(), 0);
+}
+
+#[test]
+fn at_the_memory_limit_the_least_recently_used_leaves_go_first() {
+    let empty = Engine::default().write().bytes();
+    let engine = Engine::new(EngineLimits { max_bytes: empty + 100_000 });
+    let mut writer = engine.write();
+    // A shared beginning with many conversations below it.
+    let shared: Vec<_> = (1..=32).map(BlockKey).collect();
+    assert_eq!(writer.store(Holder(0), None, &shared).refused, 0);
+    let conversation =
+        |number: u64| -> Vec<BlockKey> { (0..50).map(|at| BlockKey((number + 2) << 32 | at)).collect() };
+    for number in 0..1_000 {
+        let keys = conversation(number);
+        let stored = writer.store(Holder(number as u32 % 3), Some(BlockKey(32)), &keys);
+        assert_eq!((stored.refused, stored.new), (0, 50));
+        // The first conversation is in use all the time.
+        writer.store(Holder(0), Some(BlockKey(32)), &conversation(0));
+        // A store may go a little beyond, and what readers might still look at waits to be freed.
+        assert!(writer.bytes() <= empty + 100_000 + 64_000, "{}", writer.bytes());
+    }
+    assert_eq!(writer.check(), Ok(()));
+    let totals = writer.totals();
+    assert!(totals.evicted > 10_000 && totals.entries > 1_000, "{totals:?}");
+    // What is left is what was used last, and the parents of it.
+    assert!(writer.holds(Holder(0), BlockKey(1)) && writer.holds(Holder(0), BlockKey(32)));
+    assert!(conversation(0).iter().all(|key| writer.holds(Holder(0), *key)));
+    let left = (0..1_000).filter(|number| writer.holds(Holder(*number as u32 % 3), conversation(*number)[0]));
+    let left: Vec<_> = left.skip(1).collect();
+    assert!(left.len() > 10 && left.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{left:?}");
+    assert_eq!(left.last(), Some(&999));
+}
+
+#[test]
+fn what_was_matched_counts_as_used() {
+    let empty = Engine::default().write().bytes();
+    let engine = Engine::new(EngineLimits { max_bytes: empty + 100_000 });
+    let conversation =
+        |number: u64| -> Vec<BlockKey> { (0..50).map(|at| BlockKey((number + 2) << 32 | at)).collect() };
+    let mut seen = Match::default();
+    for number in 0..400 {
+        assert_eq!(engine.write().store(Holder(0), None, &conversation(number)).refused, 0);
+        engine.find(&conversation(0), &mut seen);
+        assert_eq!(depths(&mut seen)[&0], 50);
+        engine.note_matches(&mut seen);
+    }
+    assert!(!engine.write().holds(Holder(0), conversation(1)[0]));
+}
+
+#[test]
+fn a_parent_that_is_not_known_comes_later_in_any_order() {
+    let keys: Vec<_> = (1..=200).map(BlockKey).collect();
+    let mut order: Vec<usize> = (0..keys.len()).collect();
+    for turn in 0..6 {
+        // Forwards, backwards, and mixed.
+        match turn {
+            1 => order.reverse(),
+            _ => order.sort_unstable_by_key(|at| (at * 7_919 + turn * 31) % (turn * 61 + 1)),
+        }
+        let engine = Engine::default();
+        let mut writer = engine.write();
+        for (done, at) in order.iter().enumerate() {
+            let parent = at.checked_sub(1).map(|before| keys[before]);
+            assert_eq!(writer.store(Holder(3), parent, &[keys[*at]]).new, 1);
+            assert_eq!(writer.entries(), done + 1);
+            assert_eq!(writer.check(), Ok(()));
+        }
+        assert_eq!(writer.totals().floating, 0);
+        drop(writer);
+        let mut seen = Match::default();
+        engine.find(&keys, &mut seen);
+        assert_eq!(depths(&mut seen), BTreeMap::from([(3, 200)]));
+        assert_eq!(engine.write().clear(Holder(3)), 200);
+        assert_eq!(engine.totals().ghosts, 0);
+    }
+}
+
+#[test]
+fn strands_longer_than_their_bound_and_parts_that_grow_and_shrink_lose_nothing() {
+    let engine = Engine::default();
+    let total = if cfg!(miri) { 6_000 } else { 200_000 };
+    let keys: Vec<_> = (1..=total).map(BlockKey).collect();
+    let mut writer = engine.write();
+    assert_eq!(writer.store(Holder(1), None, &keys).new, keys.len());
+    assert_eq!(writer.store(Holder(2), None, &keys[..5_000]).new, 5_000);
+    assert_eq!(writer.check(), Ok(()));
+    drop(writer);
+    let mut seen = Match::default();
+    engine.find(&keys, &mut seen);
+    assert_eq!(depths(&mut seen), BTreeMap::from([(1, total as u32), (2, 5_000)]));
+    let large = engine.write().bytes();
+    assert_eq!(engine.write().clear(Holder(1)), keys.len());
+    assert_eq!(engine.write().check(), Ok(()));
+    engine.find(&keys, &mut seen);
+    assert_eq!(depths(&mut seen), BTreeMap::from([(2, 5_000)]));
+    let mut retired = engine.write().retire(Holder(2));
+    while !engine.write().release(&mut retired, 1) {}
+    let totals = engine.totals();
+    assert_eq!((totals.entries, totals.ghosts), (0, 0));
+    assert!(totals.bytes < large, "{} of {large} bytes", totals.bytes);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -239,7 +409,7 @@ proptest! {
                 prop_assert_eq!((stored.new, stored.refused), (held.len() - before, 0));
             } else {
                 let before = held.len();
-                keys.iter().for_each(|key| drop(held.remove(&key.0)));
+                held.retain(|held| !keys.contains(&BlockKey(*held)));
                 prop_assert_eq!(writer.remove(Holder(number), &keys).blocks, before - held.len());
             }
             prop_assert_eq!(writer.check(), Ok(()));
