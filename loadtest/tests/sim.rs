@@ -47,7 +47,7 @@ fn a_seed_says_exactly_what_happens() {
 }
 
 /// What was once wrong, or is too rare for a seed to meet. Each must be exact in the end like every other.
-const SCENARIOS: [(&str, &str); 3] = [
+const SCENARIOS: [(&str, &str); 4] = [
     (
         "without a replay socket, the first message of an engine's new life is the beginning of an exact one",
         "seed 38 engines 1 device 14 host 8 replay 0 indexes 1
@@ -63,6 +63,20 @@ const SCENARIOS: [(&str, &str); 3] = [
          t=3.168s shim 0 clock is set back by 11.231s
          t=4.136s shim 0 is killed for 0.215s
          t=6.267s shim 0 is killed for 1.168s (disk old)",
+    ),
+    (
+        "a life that has lost its file does not look older than one before it that had it",
+        "seed 1055302 engines 2 device 1000 host 0 replay 4 indexes 1 files small-buffers
+         t=0.042s engine 0 serves 31 blocks of #1
+         t=0.085s engine 0 serves 10 blocks of #8
+         t=0.092s engine 0 serves 9 blocks of #0
+         t=0.158s shim 0 is killed for 0.088s (disk flipped)
+         t=0.201s engine 0 link loses 1 messages
+         t=0.376s engine 1 serves 16 blocks of #14
+         t=0.389s engine 0 serves 9 blocks of #31
+         t=0.409s engine 0 serves 31 blocks of #16
+         t=0.629s shim 0 is killed for 0.015s
+         t=0.699s shim 0 is killed for 0.041s (disk flipped)",
     ),
     (
         "a tier that the new epoch does not know is empty, even if the other tier is what it was",

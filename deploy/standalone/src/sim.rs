@@ -1,5 +1,6 @@
 //! `kvatlas sim`: the protocol under faults, simulated in virtual time.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -56,14 +57,14 @@ struct FaultsReport<'a> {
     case: &'static str,
     seeds: u64,
     operations: u64,
-    faults: Vec<(&'a str, u64)>,
+    operations_by_kind: &'a BTreeMap<&'static str, u64>,
     engine_messages: u64,
     frames: u64,
     bytes: u64,
     damaged_messages: u64,
     gaps: u64,
     divergences: u64,
-    repairs: Vec<(&'a str, u64)>,
+    repairs: &'a BTreeMap<&'static str, u64>,
     files_loaded: u64,
     files_refused: u64,
     checks: u64,
@@ -143,21 +144,18 @@ fn one(seed: u64, args: &FaultsArgs) -> Totals {
 impl<'a> FaultsReport<'a> {
     fn of(totals: &'a Totals, wall: Duration) -> Self {
         let counts: &Counts = &totals.counts;
-        let list = |map: &'a std::collections::BTreeMap<&'static str, u64>| {
-            map.iter().map(|(kind, count)| (*kind, *count)).collect()
-        };
         Self {
             case: "faults",
             seeds: totals.seeds,
             operations: counts.operations.values().sum(),
-            faults: list(&counts.operations),
+            operations_by_kind: &counts.operations,
             engine_messages: counts.engine_messages,
             frames: counts.frames,
             bytes: counts.bytes,
             damaged_messages: counts.damaged,
             gaps: counts.gaps,
             divergences: counts.divergences,
-            repairs: list(&counts.repairs),
+            repairs: &counts.repairs,
             files_loaded: counts.files_loaded,
             files_refused: counts.files_refused,
             checks: counts.checks,
@@ -174,7 +172,7 @@ impl<'a> FaultsReport<'a> {
     }
 
     fn print(&self) {
-        let list = |entries: &[(&str, u64)]| {
+        let list = |entries: &BTreeMap<&str, u64>| {
             entries.iter().map(|(kind, count)| format!("{kind} {count}")).collect::<Vec<_>>().join(", ")
         };
         output::line(&format!(
@@ -185,7 +183,7 @@ impl<'a> FaultsReport<'a> {
             self.checks,
             if self.failure.is_none() { "nothing wrong" } else { "FAILED" }
         ));
-        output::line(&format!("operations: {}", list(&self.faults)));
+        output::line(&format!("operations: {}", list(self.operations_by_kind)));
         output::line(&format!(
             "gaps {}, divergences {}, damaged messages {}, files loaded {} and refused {}; repairs: {}",
             self.gaps,
@@ -193,7 +191,7 @@ impl<'a> FaultsReport<'a> {
             self.damaged_messages,
             self.files_loaded,
             self.files_refused,
-            list(&self.repairs)
+            list(self.repairs)
         ));
         output::line(&format!(
             "longest virtual time from the end of faults until exact: {} s (seed {}), with leases and timeouts {} s (seed {})",

@@ -78,7 +78,7 @@ impl Source {
             return Err(RestoreStateError::Foreign { what: "rank" });
         }
         let adapter = restore_adapter(&saved.adapter, config.adapter)?;
-        let epoch = Epoch(now_ns.max(header.epoch.0 + 1 + now_ns % EPOCH_SPREAD_NS));
+        let epoch = Epoch(epoch_after(header.epoch.0, now_ns));
         let mut source = Self::new(config, now_ns)
             .map_err(|_| RestoreStateError::Inconsistent("its scope is not usable"))?;
         source.epoch = epoch;
@@ -115,6 +115,12 @@ impl Source {
     pub fn is_unproved(&self) -> bool {
         self.unproved
     }
+}
+
+/// The number of the life that follows a saved one. Not above the clock where that is not needed: a life that lost its file has
+/// only the clock to be newer by.
+fn epoch_after(saved: u64, now_ns: u64) -> u64 {
+    if now_ns > saved { now_ns } else { saved + 1 + now_ns % EPOCH_SPREAD_NS }
 }
 
 fn restore_adapter(
