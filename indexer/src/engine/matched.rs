@@ -3,7 +3,7 @@
 //! One walk yields the runs for all holders, that is for all tiers and cache groups; what a caller wants to know
 //! (depths, positions with holes) follows from them without another look at the engine.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 
 use kvatlas_proto::BlockKey;
 
@@ -17,7 +17,7 @@ use super::{Holder, Shared};
 const MAX_TOUCHED: usize = 256;
 
 /// What a match needs, kept from one to the next so that nothing is allocated. One per thread.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Match {
     pub(super) pin_hint: usize,
     path: Vec<Visit>,
@@ -66,6 +66,23 @@ struct RunEntry {
 }
 
 // === impl Match ===
+
+impl Default for Match {
+    fn default() -> Self {
+        // Each starts at another place, so that threads mostly write to lines of their own.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        Self {
+            pin_hint: NEXT.fetch_add(1, Ordering::Relaxed),
+            path: Vec::new(),
+            runs: Vec::new(),
+            words: Vec::new(),
+            current: Vec::new(),
+            blocks: 0,
+            touched: Vec::new(),
+            touches: 0,
+        }
+    }
+}
 
 impl Match {
     /// Number of leading blocks that are known, held or not. A block that nobody holds is known while one that
