@@ -16,6 +16,9 @@ use super::{Holder, Shared};
 /// Matched strands that are remembered until [`super::Engine::note_matches`]; older ones are overwritten.
 const MAX_TOUCHED: usize = 256;
 
+/// Steps ahead for which sets are asked for; where there are holes, a strand has dozens.
+const SETS_AHEAD: usize = 6;
+
 /// What a match needs, kept from one to the next so that nothing is allocated. One per thread.
 #[derive(Debug)]
 pub struct Match {
@@ -363,6 +366,9 @@ impl Shared {
         let count = steps.len();
         for index in 0..count {
             let step = steps.at(index);
+            if index + SETS_AHEAD < count {
+                self.sets.prefetch(steps.at(index + SETS_AHEAD).set);
+            }
             let end = if index + 1 < count { steps.at(index + 1).start } else { visit.end };
             let (from, to) = (step.start.max(visit.from), end.min(visit.end));
             if from >= visit.end {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::ours;
 use crate::structures::{REFUSED, Reader, Structure};
 use crate::system;
-use crate::workload::{Log, Shape, Tree, Workload};
+use crate::workload::{Event, Log, Shape, Tree, Workload};
 
 /// One number.
 pub struct Figure {
@@ -307,8 +307,8 @@ fn mixed<S: Structure>(shape: Shape, report: &mut Report) {
         note(phase, &times, report);
     }
     let churn = workload.churn(shape.resident / 2);
-    let mut events: Vec<_> =
-        churn.events.iter().map(|event| S::event(&workload.tree, &churn, event)).collect();
+    let batch = |events: &[Event]| events.iter().map(|event| S::event(&workload.tree, &churn, event)).collect();
+    let batches: Vec<Vec<_>> = churn.events.chunks(64).map(batch).collect();
     let mut reader = structure.reader();
     let stop = std::sync::atomic::AtomicBool::new(false);
     let per_event = churn.blocks() as f64 / churn.events.len() as f64;
@@ -316,9 +316,7 @@ fn mixed<S: Structure>(shape: Shape, report: &mut Report) {
         let reading = scope.spawn(|| look(&mut reader, &|_| stop.load(std::sync::atomic::Ordering::Relaxed)));
         let begun = Instant::now();
         let mut done = 0.0;
-        while !events.is_empty() {
-            let rest = events.split_off(events.len().min(64));
-            let mut batch = std::mem::replace(&mut events, rest);
+        for mut batch in batches {
             done += batch.len() as f64 * per_event;
             structure.apply(&mut batch);
             let due = done / OFFERED - begun.elapsed().as_secs_f64();

@@ -124,12 +124,12 @@ impl ChurnEngine {
         }
     }
 
-    /// The keys of a chain of the present or past.
+    /// The keys of a chain of the present or past that has some.
     pub fn some_chain(&self, random: &mut StdRng) -> Option<Vec<u64>> {
-        let chains = self.growing.len() + self.finished.len() + self.past.len();
-        let at = random.random_range(0..chains.max(1));
         let live = self.growing.iter().chain(&self.finished).map(|chain| &chain.keys);
-        live.chain(&self.past).nth(at).cloned()
+        let chains = live.chain(&self.past).filter(|keys| !keys.is_empty());
+        let count = chains.clone().count();
+        chains.clone().nth(random.random_range(0..count.max(1))).cloned()
     }
 
     fn new_chain(&mut self) -> Chain {

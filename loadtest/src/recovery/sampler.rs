@@ -197,7 +197,7 @@ mod tests {
     #[tokio::test]
     async fn claims_beyond_the_window_are_wrong_and_old_blocks_are_missed() {
         let mut engine = ChurnEngine::new(1, MIN_CAPACITY, 1);
-        engine.step(600, 0);
+        engine.step(600, 1);
         let chain = engine.some_chain(&mut StdRng::seed_from_u64(1)).unwrap();
         let all = chain.len() as u32;
         let asker = Asker {
@@ -215,8 +215,8 @@ mod tests {
             (counts.answers, counts.early_answers, counts.false_positives, counts.missed)
         };
         assert_eq!(judge(all, 1.0, 1_500), (1, 0, 0, 0));
-        assert_eq!(judge(all - 1, 1.0, 999), (1, 0, 0, 0), "it may still be on its way");
-        assert_eq!(judge(all - 1, 1.0, 1_000), (1, 0, 0, 1));
+        assert_eq!(judge(all - 1, 1.0, 1_000), (1, 0, 0, 0), "it may still be on its way");
+        assert_eq!(judge(all - 1, 1.0, 1_001), (1, 0, 0, 1));
         assert_eq!(judge(0, 0.0, 1_500), (0, 1, 0, 0), "the server said that it does not know yet");
         asker.engines[0].1.lock().restart(2_000);
         assert_eq!(judge(all, 1.0, 3_000), (1, 0, 0, 0));
