@@ -12,19 +12,23 @@ use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{
-    CacheGroup, Digest, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, OwnerRef, Scope, SourceId,
-};
+use kvatlas_proto::{InstanceId, KeyHasher, OwnerRef, Scope, SourceId};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
 use crate::held::RecoveryLimits;
-use crate::matching::{SourceMatch, TierName};
+use crate::matching::SourceMatch;
 use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
-use crate::sources::{Expiry, SourceState, SourceTracker, Verdict};
+use crate::sources::{SourceTracker, Verdict};
+
+mod views;
+
+pub use views::{
+    BlockSizeMismatch, DumpOwner, Expired, IndexTotals, LimitReached, OwnerFilter, OwnerInfo, SourceInfo,
+};
 
 /// Scopes, by default. Far more models and tenants than one index serves; each costs about a kilobyte.
 pub const DEFAULT_MAX_SCOPES: usize = 1_024;
@@ -67,138 +71,6 @@ pub struct Index {
     next_request: AtomicU64,
 }
 
-/// A frame was refused because a bound was reached and it would have needed something new.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LimitReached {
-    /// No room for another scope.
-    #[error(
-        "the index has {bound} scopes already, so frames of {scope} are refused: raise the limit of scopes"
-    )]
-    Scopes {
-        /// The refused scope.
-        scope: Scope,
-        /// The limit.
-        bound: usize,
-    },
-    /// No room for another source.
-    #[error(
-        "scope {scope} has {bound} sources already, so frames of {source_id} are refused: raise the limit of sources"
-    )]
-    Sources {
-        /// Where.
-        scope: Scope,
-        /// The refused source.
-        source_id: SourceId,
-        /// The limit.
-        bound: usize,
-    },
-}
-
-/// The question names a block size that no engine of the model and tenant uses.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no engine of model {model:?} uses blocks of {asked} tokens; block sizes in use: {}. Ask with one of these, or \
-     with token ids and without a block size",
-    in_use.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-)]
-pub struct BlockSizeMismatch {
-    /// Which model.
-    pub model: String,
-    /// What was asked for, tokens.
-    pub asked: u32,
-    /// What there is, tokens, ascending.
-    pub in_use: Vec<u32>,
-}
-
-/// A source whose lease ended, or that was dropped.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Expired {
-    /// In which scope.
-    pub scope: Scope,
-    /// Who.
-    pub source: SourceId,
-    /// What happened.
-    pub expiry: Expiry,
-}
-
-/// Which sources and owners to list or dump; what is `None` matches all.
-#[derive(Clone, Debug, Default)]
-pub struct OwnerFilter {
-    /// Model and tenant.
-    pub model: Option<(String, String)>,
-    /// Instance.
-    pub instance: Option<String>,
-    /// Tokens per block.
-    pub block_size: Option<u32>,
-}
-
-/// One source as it is now.
-#[derive(Clone, Debug)]
-pub struct SourceInfo {
-    /// Its scope.
-    pub scope: Scope,
-    /// Instance and rank.
-    pub source: SourceId,
-    /// The newest epoch heard of.
-    pub epoch: Option<Epoch>,
-    /// The last frame that was applied.
-    pub applied_seq: Option<FrameSeq>,
-    /// How far it can be trusted.
-    pub state: SourceState,
-    /// Milliseconds since digests were last equal; `None` if they have not been since the content was last in doubt.
-    pub verified_age_ms: Option<u64>,
-    /// Milliseconds since the last frame that proved life.
-    pub silent_ms: u64,
-    /// What it holds.
-    pub owners: Vec<OwnerInfo>,
-}
-
-/// One owner of a source as it is now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OwnerInfo {
-    /// Where the blocks lie.
-    pub tier: TierName,
-    /// The engine's name of the medium.
-    pub medium: String,
-    /// Cache group.
-    pub group: CacheGroup,
-    /// What the group needs.
-    pub kind: GroupKind,
-    /// Blocks held.
-    pub blocks: usize,
-    /// Their digest.
-    pub digest: Digest,
-}
-
-/// An owner whose keys can be read with [`Index::keys_of`].
-#[derive(Clone, Debug)]
-pub struct DumpOwner {
-    /// Its scope.
-    pub scope: Scope,
-    /// Who it is.
-    pub owner: OwnerRef,
-    index: Arc<ScopeIndex>,
-    no: OwnerNo,
-}
-
-/// Sizes of an index.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct IndexTotals {
-    /// Key spaces.
-    pub scopes: usize,
-    /// Owners.
-    pub owners: usize,
-    /// Blocks, counted once per owner.
-    pub blocks: usize,
-    /// Different blocks, counted once per scope.
-    pub distinct_blocks: usize,
-    /// Sources by state.
-    pub sources: BTreeMap<SourceState, usize>,
-    /// Longest time since digests were equal, over the sources that count, milliseconds; 0 if none counts, `None` if one
-    /// was never compared.
-    pub verified_age_ms: Option<u64>,
-}
-
 // === impl IndexLimits ===
 
 impl Default for IndexLimits {
@@ -210,19 +82,6 @@ impl Default for IndexLimits {
             blocks: DEFAULT_MAX_BLOCKS,
             recovery: RecoveryLimits::default(),
         }
-    }
-}
-
-// === impl OwnerFilter ===
-
-impl OwnerFilter {
-    fn admits_scope(&self, scope: &Scope) -> bool {
-        self.model.as_ref().is_none_or(|(model, tenant)| scope.model() == model && scope.tenant() == tenant)
-            && self.block_size.is_none_or(|size| scope.block_size() == size)
-    }
-
-    fn admits_source(&self, source: &SourceId) -> bool {
-        self.instance.as_ref().is_none_or(|instance| source.instance.as_str() == instance)
     }
 }
 

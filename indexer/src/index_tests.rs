@@ -1,9 +1,9 @@
 use std::collections::{HashMap, HashSet};
 
-use kvatlas_proto::Tier;
 use kvatlas_proto::frame::SourceHealth;
 use kvatlas_proto::keys::{KeyVariant, MultimodalItem, PromptExtras};
 use kvatlas_proto::request::Want;
+use kvatlas_proto::{Epoch, FrameSeq, GroupKind, Tier};
 use proptest::prelude::*;
 
 use super::*;
@@ -11,7 +11,7 @@ use crate::frames::{Op, Publisher, owner};
 use crate::matching::TierWeights;
 use crate::naive::{NaiveGroup, longest_prefix};
 use crate::query::PromptInput;
-use crate::sources::{DegradedReason, FORGET_MS, LEASE_MS, STALE_MS};
+use crate::sources::{DegradedReason, Expiry, FORGET_MS, LEASE_MS, STALE_MS, SourceState};
 
 fn index() -> Index {
     Index::new(IndexLimits::default(), KeySeed::PUBLISHED)

@@ -35,6 +35,7 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
+mod trust;
 
 // Shared with the integration tests, where `pub` is needed.
 #[cfg(test)]

@@ -36,6 +36,7 @@ use kvatlas_proto::{Epoch, FrameSeq};
 
 use crate::held::{HeldFrames, RecoveryLimits};
 use crate::session::{Piece, Session};
+pub use crate::trust::{DegradedReason, SourceState};
 
 /// Silence after which a source is marked, milliseconds: three missed heartbeats.
 pub const STALE_MS: u64 = 3_000;
@@ -57,40 +58,6 @@ const STATE_WAIT_MS: u64 = 500;
 /// Longest such wait, milliseconds; it doubles up to here while nothing comes, so that a publisher that cannot answer
 /// is not asked for ever at full rate.
 const STATE_WAIT_MAX_MS: u64 = 8_000;
-
-/// How far a source's entries can be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum SourceState {
-    /// What it holds is being found out: its entries do not count yet.
-    Syncing,
-    /// Every frame since the last proof was applied in order, or there was none to compare with yet.
-    Live,
-    /// Digests were compared at an exact sequence and were equal, and every frame since was applied in order.
-    Verified,
-    /// Entries may be missing or out of date.
-    Degraded(DegradedReason),
-    /// Silent for longer than [`LEASE_MS`]: its entries do not count.
-    Gone,
-}
-
-/// Why a source is degraded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum DegradedReason {
-    /// The publisher joined a running engine.
-    JoinedLate,
-    /// The publisher lost events of the engine.
-    EventsLost,
-    /// The publisher could not decode a message of the engine.
-    Undecodable,
-    /// A bound was reached, at the publisher or here: some blocks are not tracked.
-    OverLimit,
-    /// Frames are missing and were asked for.
-    FramesLost,
-    /// Digests were compared and differ; the difference was asked for.
-    Diverged,
-    /// Silent for longer than [`STALE_MS`].
-    Silent,
-}
 
 /// What to do with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,71 +146,6 @@ struct Asking {
     through: Option<FrameSeq>,
     /// `applied` at the last question: progress since resets the wait.
     applied: Option<FrameSeq>,
-}
-
-// === impl SourceState ===
-
-impl SourceState {
-    /// Every state, for metrics.
-    pub const ALL: [Self; 11] = [
-        Self::Syncing,
-        Self::Live,
-        Self::Verified,
-        Self::Degraded(DegradedReason::JoinedLate),
-        Self::Degraded(DegradedReason::EventsLost),
-        Self::Degraded(DegradedReason::Undecodable),
-        Self::Degraded(DegradedReason::OverLimit),
-        Self::Degraded(DegradedReason::FramesLost),
-        Self::Degraded(DegradedReason::Diverged),
-        Self::Degraded(DegradedReason::Silent),
-        Self::Gone,
-    ];
-
-    /// Name for logs and metric labels.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Syncing => "syncing",
-            Self::Live => "live",
-            Self::Verified => "verified",
-            Self::Degraded(_) => "degraded",
-            Self::Gone => "gone",
-        }
-    }
-
-    /// Why it is degraded, else empty.
-    pub fn degraded_reason(self) -> &'static str {
-        match self {
-            Self::Degraded(reason) => reason.name(),
-            _ => "",
-        }
-    }
-}
-
-// === impl DegradedReason ===
-
-impl DegradedReason {
-    /// Name as the gRPC contract spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::JoinedLate => SourceHealth::JoinedLate.name(),
-            Self::EventsLost => SourceHealth::EventsLost.name(),
-            Self::Undecodable => SourceHealth::Undecodable.name(),
-            Self::OverLimit => SourceHealth::OverLimit.name(),
-            Self::FramesLost => "frames_lost",
-            Self::Diverged => "diverged",
-            Self::Silent => "silent",
-        }
-    }
-
-    fn of_health(health: SourceHealth) -> Option<Self> {
-        match health {
-            SourceHealth::Exact => None,
-            SourceHealth::JoinedLate => Some(Self::JoinedLate),
-            SourceHealth::EventsLost => Some(Self::EventsLost),
-            SourceHealth::Undecodable => Some(Self::Undecodable),
-            SourceHealth::OverLimit => Some(Self::OverLimit),
-        }
-    }
 }
 
 // === impl Asking ===
