@@ -36,7 +36,8 @@ pub const DEFAULT_MAX_SCOPES: usize = 1_024;
 pub const DEFAULT_MAX_SOURCES_PER_SCOPE: usize = 65_536;
 /// Owners (tier and cache group of a source) of all scopes, by default: 16 for each of 65,536 sources.
 pub const DEFAULT_MAX_OWNERS: usize = 1_048_576;
-/// Blocks, counted once per owner, of all scopes, by default. At about 60 bytes each this is 4 GB.
+/// Blocks, counted once per owner, of all scopes, by default. At 60 bytes each, which they stay below, this is
+/// 4 GB.
 pub const DEFAULT_MAX_BLOCKS: usize = 64 << 20;
 
 /// State transfers that run at the same time: a fleet that synchronises takes its turns, and queries keep their latency.
