@@ -63,6 +63,8 @@ pub struct RoutingDetails {
     pub blind: usize,
     /// Those with a promise that did not hold.
     pub wrong: usize,
+    /// Those that needed more than one question.
+    pub retried: usize,
     /// Prompts of which some engine held a block when they were routed.
     pub with_prefix: usize,
     /// Share of prompt tokens that were cached where they were served.
@@ -111,6 +113,7 @@ struct Tally {
     unanswered: usize,
     blind: usize,
     wrong: usize,
+    retried: usize,
     with_prefix: usize,
     prompt_tokens: u64,
     cached_tokens: u64,
@@ -165,6 +168,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
             unanswered: tally.unanswered,
             blind: tally.blind,
             wrong: tally.wrong,
+            retried: tally.retried,
             with_prefix: tally.with_prefix,
             cached_share: rounded(tally.cached_tokens as f64 / tally.prompt_tokens.max(1) as f64),
             patience_ms: config.patience.as_millis() as u64,
@@ -342,6 +346,7 @@ impl Tally {
         self.unanswered += usize::from(unanswered);
         self.blind += usize::from(unanswered || misses);
         self.wrong += usize::from(wrong);
+        self.retried += usize::from(decision.tries > 1);
         self.with_prefix += usize::from(any);
     }
 }
