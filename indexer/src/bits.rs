@@ -21,16 +21,24 @@ impl Bits {
         self.words[word] |= 1 << (at % WORD);
     }
 
-    /// Adds the positions `0..count`.
-    pub fn set_first(&mut self, count: u32) {
-        let full = (count / WORD) as usize;
-        if self.words.len() < full {
-            self.words.resize(full, 0);
+    /// Adds the positions `start..end`.
+    pub fn set_range(&mut self, start: u32, end: u32) {
+        if start >= end {
+            return;
         }
-        self.words[..full].fill(u64::MAX);
-        for at in (full as u32 * WORD)..count {
-            self.set(at);
+        let (first, last) = ((start / WORD) as usize, ((end - 1) / WORD) as usize);
+        if self.words.len() <= last {
+            self.words.resize(last + 1, 0);
         }
+        let head = u64::MAX << (start % WORD);
+        let tail = u64::MAX >> (WORD - 1 - (end - 1) % WORD);
+        if first == last {
+            self.words[first] |= head & tail;
+            return;
+        }
+        self.words[first] |= head;
+        self.words[first + 1..last].fill(u64::MAX);
+        self.words[last] |= tail;
     }
 
     /// True if the position was added.
@@ -114,8 +122,11 @@ mod tests {
             let mut both = left.clone();
             both.union(&right);
             prop_assert!((0..320).all(|at| both.get(at) == (a.contains(&at) || b.contains(&at))));
-            both.set_first(first);
-            prop_assert!((0..320).all(|at| both.get(at) == (at < first || a.contains(&at) || b.contains(&at))));
+            let (from, to) = (first.min(end), first.max(end));
+            both.set_range(from, to);
+            let within = |at: u32| (from..to).contains(&at);
+            prop_assert!((0..320).all(|at| both.get(at) == (within(at) || a.contains(&at) || b.contains(&at))));
+            prop_assert_eq!(both.leading_run() as usize, (0..400).take_while(|at| both.get(*at)).count());
         }
     }
 }

@@ -3,22 +3,25 @@
 //! What a query may see in between is stated in [`crate::scope_index`].
 
 use bytes::Bytes;
+use foldhash::fast::FixedState;
+use hashbrown::HashSet;
 use kvatlas_proto::digest::{Buckets, MAX_BUCKET_BITS};
 use kvatlas_proto::frame::{Change, FrameHeader, FrameOwner, FramePart, FrameView};
 use kvatlas_proto::request::{MAX_REQUEST_BUCKETS, OwnerBuckets};
 use kvatlas_proto::{BlockKey, Digest};
 use parking_lot::RwLockWriteGuard;
 
-use crate::scope_index::{Applied, Budget, OwnerEntry, ScopeState, SourceNo};
+use crate::engine;
+
+use crate::scope_index::{Applied, Budget, OwnerEntry, OwnerNo, ScopeState, SourceNo};
 use crate::session::{OwnerName, Piece};
 use crate::sources::Verdict;
-use crate::table::OwnerNo;
 
 /// Keys after which a long change lets waiting queries through. At 100 to 200 ns a key that is below a millisecond.
 pub(crate) const SLICE_KEYS: usize = 4_096;
 
-/// Blocks of numbers that no owner has any more, still to be taken out of the table.
-pub(crate) type Retired = Vec<(OwnerNo, Vec<BlockKey>)>;
+/// Owners' numbers that nobody has any more, whose blocks are still to be taken from them.
+pub(crate) type Retired = Vec<engine::Retired>;
 
 /// A change of one source that is under way.
 pub(crate) struct SourceChange<'a> {
@@ -153,10 +156,10 @@ impl<'a> SourceChange<'a> {
         let equal = header.owners.iter().zip(&header.digests).all(|(owner, digest)| {
             let known = self.state.find_owner(source, owner);
             named.extend(known);
-            known.map_or_else(Digest::default, |no| self.state.table.digest_of(no)) == *digest
+            known.map_or_else(Digest::default, |no| self.state.digest_of(no)) == *digest
         });
         let others = source.owners.iter().filter(|no| !named.contains(no));
-        equal && others.into_iter().all(|no| self.state.table.digest_of(*no).is_empty())
+        equal && others.into_iter().all(|no| self.state.digest_of(*no).is_empty())
     }
 
     fn apply_operations(&mut self, frame: &FrameView<'_>) {
@@ -172,11 +175,13 @@ impl<'a> SourceChange<'a> {
             };
             match op.change {
                 // One step: a block that moves between tiers is never in neither.
-                Change::Stored { parent, keys } => self.store_run(owner, parent, keys.iter()),
+                Change::Stored { parent, keys } => {
+                    let keys: Vec<BlockKey> = keys.iter().collect();
+                    self.store(owner, parent, &keys);
+                }
                 Change::Removed(keys) => {
-                    let removed = keys.iter().filter(|key| self.state.table.remove(owner, *key)).count();
-                    self.budget.give_back_entries(removed);
-                    self.applied.removed += removed;
+                    let keys: Vec<BlockKey> = keys.iter().collect();
+                    self.remove(owner, &keys);
                 }
                 Change::Cleared => owners[op.owner] = self.empty_owner(owner),
                 // Validation lets them pass in answers only.
@@ -205,9 +210,9 @@ impl<'a> SourceChange<'a> {
                 };
                 match op.change {
                     Change::Stored { parent, keys } => {
-                        let run = keys.len();
-                        self.store_run(owner, parent, keys.iter());
-                        self.pause_after(run);
+                        let keys: Vec<BlockKey> = keys.iter().collect();
+                        self.store(owner, parent, &keys);
+                        self.pause_after(keys.len());
                     }
                     Change::Cleared => owners[op.owner] = self.empty_owner(owner),
                     Change::Bucket { slice, blocks } => {
@@ -227,34 +232,33 @@ impl<'a> SourceChange<'a> {
     fn replace_slices(&mut self, change: SliceChange) {
         let SliceChange { owner, bits, said, mut blocks } = change;
         blocks.sort_unstable_by_key(|(_, key)| *key);
-        let gone: Vec<BlockKey> = self
-            .state
-            .table
-            .keys_of(owner)
-            .filter(|key| said[Buckets::slice(bits, *key) as usize])
-            .filter(|key| blocks.binary_search_by_key(key, |(_, kept)| *kept).is_err())
-            .collect();
-        for key in gone {
-            if self.state.table.remove(owner, key) {
-                self.budget.give_back_entries(1);
-                self.applied.removed += 1;
+        let mut gone = Vec::new();
+        self.state.engine.write().keys_of(owner, |_, key| {
+            let is_said = said[Buckets::slice(bits, key) as usize];
+            if is_said && blocks.binary_search_by_key(&key, |(_, kept)| *kept).is_err() {
+                gone.push(key);
             }
-            self.pause_after(1);
+        });
+        for keys in gone.chunks(SLICE_KEYS) {
+            self.remove(owner, keys);
+            self.pause_after(keys.len());
         }
-        for (parent, key) in blocks {
-            self.store_run(owner, parent, std::iter::once(key));
-            self.pause_after(1);
+        for (parent, keys) in chains(blocks) {
+            self.store(owner, parent, &keys);
+            self.pause_after(keys.len());
         }
     }
 
-    fn store_run(&mut self, owner: OwnerNo, mut parent: BlockKey, keys: impl Iterator<Item = BlockKey>) {
-        for key in keys {
-            match self.state.store(owner, parent, key, self.budget) {
-                Some(new) => self.applied.stored += usize::from(new),
-                None => self.applied.refused_blocks += 1,
-            }
-            parent = key;
-        }
+    fn store(&mut self, owner: OwnerNo, parent: BlockKey, keys: &[BlockKey]) {
+        let stored = self.state.store(owner, parent, keys, self.budget);
+        self.applied.stored += stored.new;
+        self.applied.refused_blocks += stored.refused;
+    }
+
+    fn remove(&mut self, owner: OwnerNo, keys: &[BlockKey]) {
+        let removed = self.state.engine.write().remove(owner, keys).blocks;
+        self.budget.give_back_entries(removed);
+        self.applied.removed += removed;
     }
 
     fn owners_of(&mut self, owners: &[FrameOwner]) -> Vec<Option<OwnerNo>> {
@@ -274,15 +278,15 @@ impl<'a> SourceChange<'a> {
 
     /// Empties an owner by giving it a new number.
     fn empty_owner(&mut self, owner: OwnerNo) -> Option<OwnerNo> {
-        let (fresh, keys) = self.state.empty_owner(owner, self.budget)?;
-        self.applied.removed += keys.len();
-        self.retired.push((owner, keys));
+        let (fresh, retired) = self.state.empty_owner(owner, self.budget)?;
+        self.applied.removed += retired.blocks();
+        self.retired.push(retired);
         Some(fresh)
     }
 
     fn empty_source(&mut self) {
         let retired = self.state.retire_owners(self.no, self.budget);
-        self.applied.removed += retired.iter().map(|(_, keys)| keys.len()).sum::<usize>();
+        self.applied.removed += retired.iter().map(engine::Retired::blocks).sum::<usize>();
         self.retired.extend(retired);
     }
 
@@ -320,17 +324,38 @@ impl<'a> SourceChange<'a> {
     }
 }
 
-/// Takes blocks of retired numbers out of the table, in slices.
+/// Takes the blocks of retired numbers from them, in slices.
 pub(crate) fn purge(state: &mut RwLockWriteGuard<'_, ScopeState>, retired: Retired) {
-    for (owner, keys) in retired {
-        for slice in keys.chunks(SLICE_KEYS) {
-            state.table.release(owner, slice);
-            if slice.len() == SLICE_KEYS {
-                RwLockWriteGuard::bump(state);
-            }
+    for mut retired in retired {
+        while !state.engine.write().release(&mut retired, SLICE_KEYS) {
+            RwLockWriteGuard::bump(state);
         }
-        state.recycle_owner(owner);
+        state.recycle_owner(retired.holder());
     }
+}
+
+/// Blocks in any order as runs of consecutive ones, each with the key that its first block follows.
+fn chains(mut blocks: Vec<(BlockKey, BlockKey)>) -> Vec<(BlockKey, Vec<BlockKey>)> {
+    blocks.sort_unstable();
+    let children = |key: BlockKey| {
+        let from = blocks.partition_point(|(parent, _)| *parent < key);
+        blocks[from..].iter().take_while(move |(parent, _)| *parent == key).map(|(_, key)| *key)
+    };
+    let keys: HashSet<BlockKey, FixedState> = blocks.iter().map(|(_, key)| *key).collect();
+    let (mut runs, mut starts) = (Vec::new(), Vec::new());
+    starts.extend(blocks.iter().filter(|(parent, _)| !keys.contains(parent)).copied());
+    while let Some((parent, first)) = starts.pop() {
+        let mut run = vec![first];
+        loop {
+            let last = run[run.len() - 1];
+            let mut below = children(last);
+            let Some(next) = below.next() else { break };
+            starts.extend(below.map(|key| (last, key)));
+            run.push(next);
+        }
+        runs.push((parent, run));
+    }
+    runs
 }
 
 /// What a question about a source's state says of our content. Cut more coarsely if it would be too long.
@@ -339,7 +364,7 @@ pub(crate) fn buckets_of(state: &ScopeState, no: SourceNo) -> Vec<OwnerBuckets> 
     let owners: Vec<(OwnerNo, &OwnerEntry, u64)> = source
         .owners
         .iter()
-        .filter_map(|no| Some((*no, state.owner(*no)?, state.table.digest_of(*no).count)))
+        .filter_map(|no| Some((*no, state.owner(*no)?, state.digest_of(*no).count)))
         .filter(|(_, _, count)| *count > 0)
         .collect();
     let cut = |coarser: u8, count: u64| Buckets::bits_for(count).saturating_sub(coarser);
@@ -351,7 +376,7 @@ pub(crate) fn buckets_of(state: &ScopeState, no: SourceNo) -> Vec<OwnerBuckets> 
         tier: entry.tier.tier(),
         medium: entry.medium.to_string(),
         group: entry.group,
-        buckets: Buckets::of(cut(coarser, *count), state.table.keys_of(*no)),
+        buckets: Buckets::of(cut(coarser, *count), state.keys_of(*no)),
     };
     owners.iter().map(of).collect()
 }

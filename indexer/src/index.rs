@@ -22,10 +22,9 @@ use crate::held::RecoveryLimits;
 use crate::matching::{SourceMatch, TierName};
 use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
-use crate::scope_index::{Budget, OwnerEntry, ScopeIndex, ScopeState};
+use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
 use crate::sources::{Expiry, SourceState, SourceTracker, Verdict};
-use crate::table::OwnerNo;
 
 /// Scopes, by default. Far more models and tenants than one index serves; each costs about a kilobyte.
 pub const DEFAULT_MAX_SCOPES: usize = 1_024;
@@ -236,7 +235,7 @@ impl Index {
             limits,
             hasher: KeyHasher::new(seed),
             scopes: RwLock::default(),
-            budget: Budget::new(limits.blocks, limits.owners, limits.recovery),
+            budget: Budget::new(limits, KeyHasher::new(seed).root()),
             troubled: Mutex::default(),
             permits: Permits::new(limits.recovery.transfers),
             next_request: AtomicU64::new(1),
@@ -431,7 +430,7 @@ impl Index {
             let same = state.owner(owner.no).is_some_and(|entry| {
                 state.source(entry.source).is_some_and(|source| owner_ref(&source.id, entry) == owner.owner)
             });
-            if same { state.table.keys_of(owner.no).map(|key| key.0).collect() } else { Vec::new() }
+            if same { state.keys_of(owner.no).into_iter().map(|key| key.0).collect() } else { Vec::new() }
         };
         keys.sort_unstable();
         keys
@@ -450,7 +449,7 @@ impl Index {
         let mut writer = CheckpointWriter::new(out)?;
         for (scope, index) in self.scopes_where(|_| true) {
             for source in index.source_ids() {
-                if let Some(saved) = index.save(&scope, &source) {
+                if let Some(saved) = index.save(&scope, &source, self.hasher.root()) {
                     writer.add(&saved)?;
                 }
             }
@@ -484,7 +483,7 @@ impl Index {
         for (_, index) in self.scopes_where(|_| true) {
             let state = index.state.read();
             totals.scopes += 1;
-            totals.distinct_blocks += state.table.distinct();
+            totals.distinct_blocks += state.engine.write().distinct();
             for (_, source) in state.sources() {
                 *totals.sources.entry(source.tracker.state()).or_default() += 1;
                 if source.tracker.counts() {
@@ -503,7 +502,7 @@ impl Index {
         for (scope, index) in self.scopes_where(|_| true) {
             let state = index.state.read();
             state.check().map_err(|problem| format!("scope {scope}: {problem}"))?;
-            entries += state.table.entries();
+            entries += state.engine.write().entries();
         }
         if entries != self.budget.entries() {
             return Err(format!("{entries} blocks in tables, {} counted", self.budget.entries()));
@@ -581,13 +580,14 @@ fn add_unmatched(candidates: &BTreeSet<&str>, others: &Scopes<'_>, rows: &mut Ve
 
 fn owner_info(state: &ScopeState, no: OwnerNo) -> Option<OwnerInfo> {
     let owner = state.owner(no)?;
+    let digest = state.digest_of(no);
     Some(OwnerInfo {
         tier: owner.tier.clone(),
         medium: owner.medium.to_string(),
         group: owner.group,
         kind: owner.kind,
-        blocks: state.table.blocks_of(no),
-        digest: state.table.digest_of(no),
+        blocks: digest.count as usize,
+        digest,
     })
 }
 

@@ -488,7 +488,11 @@ fn each_rank_is_a_row_and_ties_are_by_name_and_rank() {
 fn a_suffix_counts_its_base_as_held_by_whoever_holds_the_base_key() {
     let index = index();
     send(&index, &mut Publisher::new("m", "a:1"), &[Op::Stored(0, vec![1, 2, 3, 4])]);
-    send(&index, &mut Publisher::new("m", "b:1"), &[Op::Stored(0, vec![1, 2, 4])]);
+    send(
+        &index,
+        &mut Publisher::new("m", "b:1"),
+        &[Op::Stored(0, vec![1, 2]), Op::StoredAfter(0, 3, vec![4])],
+    );
     let suffix = |base_key, keys: &'static [u64]| ScoreQuery {
         input: PromptInput::Suffix { base_key, base_blocks: 3, keys, prompt_tokens: Some(90) },
         ..by_keys("m", &[])
@@ -535,7 +539,7 @@ fn a_source_without_a_full_group_is_followed_over_blocks_nobody_holds() {
     let index = index();
     let window = GroupKind::SlidingWindow { window_tokens: 32, block_tokens: 16 };
     let mut a = Publisher::new("m", "a:1").owners(vec![owner(Tier::Gpu, 0, window)]);
-    send(&index, &mut a, &[Op::Stored(0, vec![5, 6])]);
+    send(&index, &mut a, &[Op::StoredAfter(0, 4, vec![5, 6])]);
     assert_eq!(depth(&index, "m", &[1, 2, 3, 4, 5, 6, 7]), 6);
 }
 
@@ -626,7 +630,9 @@ fn a_seed_of_the_operator_separates_indexes() {
     let keys: Vec<u64> =
         KeyHasher::new(KeySeed::secret(7)).chain(&tokens, 16).iter().map(|key| key.0).collect();
     for index in [&secret, &index()] {
-        send(index, &mut Publisher::new("m", "a:1"), &[Op::Stored(0, keys.clone())]);
+        let mut a = Publisher::new("m", "a:1");
+        a.root = KeyHasher::new(KeySeed::secret(7)).root().0;
+        send(index, &mut a, &[Op::Stored(0, keys.clone())]);
     }
     assert_eq!(depths(&secret, &by_tokens(&tokens, PromptExtras::default())).len(), 1);
 }
@@ -672,12 +678,16 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let keys = || proptest::collection::vec(1u64..14, 1..8);
     let op = prop_oneof![
-        5 => (0u8..4, keys()).prop_map(|(owner, keys)| Op::Stored(owner, keys)),
+        // One block each, in any order: the chain is 1, 2, 3 and so on.
+        5 => (0u8..4, 1u64..14).prop_map(|(owner, key)| match key {
+            1 => Op::Stored(owner, vec![1]),
+            key => Op::StoredAfter(owner, key - 1, vec![key]),
+        }),
         2 => (0u8..4, keys()).prop_map(|(owner, keys)| Op::Removed(owner, keys)),
         1 => (0u8..4).prop_map(Op::Cleared),
     ];
     prop_oneof![
-        10 => (0..3usize, proptest::collection::vec(op, 0..6)).prop_map(|(at, ops)| Step::Frame(at, ops)),
+        10 => (0..3usize, proptest::collection::vec(op, 0..12)).prop_map(|(at, ops)| Step::Frame(at, ops)),
         1 => (0..3usize).prop_map(Step::Lose),
         2 => (0..3usize).prop_map(Step::NewEpoch),
     ]
@@ -712,7 +722,9 @@ proptest! {
                     let held = naive.entry(at).or_default();
                     for op in ops {
                         match op {
-                            Op::Stored(owner, keys) => held[usize::from(owner)].extend(keys),
+                            Op::Stored(owner, keys) | Op::StoredAfter(owner, _, keys) => {
+                                held[usize::from(owner)].extend(keys);
+                            }
                             Op::Removed(owner, keys) => {
                                 held[usize::from(owner)].retain(|key| !keys.contains(key));
                             }

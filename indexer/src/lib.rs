@@ -17,6 +17,7 @@ mod changes;
 mod checkpoint;
 mod checkpoint_file;
 mod clock;
+pub mod engine;
 mod held;
 mod http;
 mod index;
@@ -34,7 +35,6 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
-pub mod table;
 
 // Shared with the integration tests, where `pub` is needed.
 #[cfg(test)]

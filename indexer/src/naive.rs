@@ -7,12 +7,12 @@ use std::collections::{HashMap, HashSet};
 
 use kvatlas_proto::{BlockKey, GroupKind};
 
-use crate::table::OwnerNo;
+use crate::engine::Holder;
 
 /// Per owner the set of its keys; nothing else.
 #[derive(Clone, Debug, Default)]
 pub struct NaiveTable {
-    owners: HashMap<OwnerNo, HashSet<BlockKey>>,
+    owners: HashMap<Holder, HashSet<BlockKey>>,
 }
 
 /// One cache group of a source: what it needs and the keys it holds.
@@ -28,27 +28,27 @@ pub struct NaiveGroup {
 
 impl NaiveTable {
     /// `owner` holds `key` from now on. False if it did already.
-    pub fn store(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
+    pub fn store(&mut self, owner: Holder, key: BlockKey) -> bool {
         self.owners.entry(owner).or_default().insert(key)
     }
 
     /// `owner` no longer holds `key`. False if it did not.
-    pub fn remove(&mut self, owner: OwnerNo, key: BlockKey) -> bool {
+    pub fn remove(&mut self, owner: Holder, key: BlockKey) -> bool {
         self.owners.get_mut(&owner).is_some_and(|keys| keys.remove(&key))
     }
 
     /// `owner` holds nothing any more. Returns how many blocks that were.
-    pub fn clear(&mut self, owner: OwnerNo) -> usize {
+    pub fn clear(&mut self, owner: Holder) -> usize {
         self.owners.remove(&owner).map_or(0, |keys| keys.len())
     }
 
     /// True if `owner` holds `key`.
-    pub fn holds(&self, owner: OwnerNo, key: BlockKey) -> bool {
+    pub fn holds(&self, owner: Holder, key: BlockKey) -> bool {
         self.owners.get(&owner).is_some_and(|keys| keys.contains(&key))
     }
 
     /// Number of leading keys of `prompt` that `owner` holds without a hole.
-    pub fn match_depth(&self, owner: OwnerNo, prompt: &[BlockKey]) -> usize {
+    pub fn match_depth(&self, owner: Holder, prompt: &[BlockKey]) -> usize {
         let mut depth = 0;
         for key in prompt {
             if !self.holds(owner, *key) {
@@ -60,7 +60,7 @@ impl NaiveTable {
     }
 
     /// The keys of `owner`, ascending.
-    pub fn sorted_keys(&self, owner: OwnerNo) -> Vec<BlockKey> {
+    pub fn sorted_keys(&self, owner: Holder) -> Vec<BlockKey> {
         let mut keys: Vec<_> = self.owners.get(&owner).into_iter().flatten().copied().collect();
         keys.sort_unstable();
         keys

@@ -1,14 +1,16 @@
 //! A score query against one scope: from keys to rows. Pure: the state is borrowed, nothing is changed.
 
+use std::cell::RefCell;
+
 use foldhash::HashSet;
 use kvatlas_proto::keys::{KeyVariant, PromptExtras};
-use kvatlas_proto::{BlockKey, InstanceId, KeyHasher};
+use kvatlas_proto::{BlockKey, GroupKind, InstanceId, KeyHasher};
 
 use crate::bits::Bits;
+use crate::engine::Match;
 use crate::matching::{HeldBlocks, PromptShape, SourceMatch, TierWeights, match_source};
-use crate::scope_index::{ScopeState, SourceEntry, SourceNo};
+use crate::scope_index::{OwnerNo, ScopeState, SourceEntry, SourceNo};
 use crate::sources::SourceState;
-use crate::table::OwnerNo;
 
 /// Who holds how much of a prompt. Limits were checked by whoever took the request in.
 #[derive(Clone, Debug)]
@@ -107,6 +109,11 @@ struct Presence {
     /// By owner number: 0 not met, [`SKIPPED`], or 1 + position in `bits`.
     slots: Vec<u32>,
     bits: Vec<Bits>,
+}
+
+thread_local! {
+    /// What a walk needs, kept from one query to the next so that nothing is allocated.
+    static MATCH: RefCell<Match> = RefCell::default();
 }
 
 const SKIPPED: u32 = u32::MAX;
@@ -247,31 +254,27 @@ impl ScopeState {
         touched: &mut Vec<SourceNo>,
     ) -> Presence {
         let mut presence = Presence { slots: vec![0; self.owner_bound()], bits: Vec::new() };
-        let mut at = 0;
-        if let Some((key, blocks)) = chain.base {
-            at = blocks;
-            for owner in self.table.holders(key) {
-                if let Some(bits) = presence.of(self, *owner, &admit, touched) {
-                    let state = self
-                        .owner(*owner)
-                        .is_some_and(|entry| matches!(entry.kind, kvatlas_proto::GroupKind::State { .. }));
-                    if state { bits.set(blocks - 1) } else { bits.set_first(blocks) }
-                }
+        MATCH.with_borrow_mut(|found| {
+            let beyond = !self.runs_only();
+            match chain.base {
+                Some((key, blocks)) => self.engine.find_after(key, blocks, &chain.keys, beyond, found),
+                None if beyond => self.engine.find_beyond(&chain.keys, found),
+                None => self.engine.find(&chain.keys, found),
             }
-        }
-        for key in &chain.keys {
-            let mut held = false;
-            for owner in self.table.holders(*key) {
-                if let Some(bits) = presence.of(self, *owner, &admit, touched) {
-                    bits.set(at);
-                    held = true;
-                }
+            let base_blocks = chain.base.map_or(0, |(_, blocks)| blocks);
+            for run in found.runs() {
+                run.each_holder(|owner| {
+                    let Some(bits) = presence.of(self, owner, &admit, touched) else { return };
+                    // Holding the base's last block says nothing about the states before it.
+                    let is_state = base_blocks > 0
+                        && self
+                            .owner(owner)
+                            .is_some_and(|owner| matches!(owner.kind, GroupKind::State { .. }));
+                    let start = if is_state { run.start.max(base_blocks - 1) } else { run.start };
+                    bits.set_range(start, run.end);
+                });
             }
-            if !held && self.runs_only() {
-                break;
-            }
-            at += 1;
-        }
+        });
         presence
     }
 

@@ -18,23 +18,26 @@ use bytes::Bytes;
 use kvatlas_proto::frame::{FrameHeader, FrameOwner, FrameView, MAX_FRAME_OWNERS};
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_proto::{BlockKey, CacheGroup, GroupKind, Scope, SourceId};
+use kvatlas_proto::{BlockKey, CacheGroup, Digest, GroupKind, Scope, SourceId};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 use crate::changes::{Retired, SLICE_KEYS, SourceChange, buckets_of, purge};
 use crate::checkpoint::{SavedOwner, SavedSource};
+use crate::engine::{self, Engine, Holder, MAX_HOLDERS, Stored};
 use crate::held::RecoveryLimits;
+use crate::index::IndexLimits;
 use crate::matching::TierName;
 use crate::session::{OwnerName, Permits, Session};
 use crate::slots::Slots;
 use crate::sources::{Ask, Expiry, SourceState, SourceTracker, Verdict};
-use crate::table::{OwnerNo, Table};
 
 /// What all scopes together may hold, and do.
 #[derive(Debug)]
 pub(crate) struct Budget {
     pub(crate) max_entries: usize,
     pub(crate) max_owners: usize,
+    /// The key before every prompt's first one.
+    pub(crate) root: BlockKey,
     pub(crate) recovery: RecoveryLimits,
     entries: AtomicUsize,
     owners: AtomicUsize,
@@ -48,13 +51,16 @@ pub(crate) struct ScopeIndex {
     pub(crate) state: RwLock<ScopeState>,
 }
 
+/// Number of an owner inside one scope, which is what the engine knows of it.
+pub(crate) type OwnerNo = Holder;
+
 /// Number of a source inside one scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SourceNo(u32);
 
 #[derive(Debug, Default)]
 pub(crate) struct ScopeState {
-    pub(crate) table: Table,
+    pub(crate) engine: Engine,
     ids: BTreeMap<SourceId, SourceNo>,
     sources: Slots<SourceEntry>,
     owners: Slots<OwnerEntry>,
@@ -122,9 +128,10 @@ pub(crate) struct Looked {
 // === impl Budget ===
 
 impl Budget {
-    pub(crate) fn new(max_entries: usize, max_owners: usize, recovery: RecoveryLimits) -> Self {
+    pub(crate) fn new(limits: IndexLimits, root: BlockKey) -> Self {
         let none = || AtomicUsize::new(0);
-        Self { max_entries, max_owners, recovery, entries: none(), owners: none() }
+        let IndexLimits { blocks, owners, recovery, .. } = limits;
+        Self { max_entries: blocks, max_owners: owners, root, recovery, entries: none(), owners: none() }
     }
 
     pub(crate) fn entries(&self) -> usize {
@@ -139,10 +146,13 @@ impl Budget {
         self.entries.fetch_sub(count, Ordering::Relaxed);
     }
 
-    fn take(count: &AtomicUsize, bound: usize) -> bool {
-        count
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| (now < bound).then_some(now + 1))
-            .is_ok()
+    pub(crate) fn take_entries(&self, count: usize) -> bool {
+        Self::take(&self.entries, self.max_entries, count)
+    }
+
+    fn take(taken: &AtomicUsize, bound: usize, count: usize) -> bool {
+        let more = |now: usize| Some(now + count).filter(|sum| *sum <= bound);
+        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 }
 
@@ -287,7 +297,7 @@ impl ScopeIndex {
     }
 
     /// What a checkpoint says of a source; `None` for one that is gone.
-    pub(crate) fn save(&self, scope: &Scope, source: &SourceId) -> Option<SavedSource> {
+    pub(crate) fn save(&self, scope: &Scope, source: &SourceId, root: BlockKey) -> Option<SavedSource> {
         let state = self.state.read();
         let entry = state.source(*state.ids.get(source)?)?;
         if entry.tracker.state() == SourceState::Gone {
@@ -303,7 +313,7 @@ impl ScopeIndex {
                     kind: owner.kind,
                     load_blocks: owner.load_blocks,
                 },
-                blocks: state.table.blocks_with_parents(*no).collect(),
+                blocks: state.blocks_with_parents(*no, root),
             })
         };
         Some(SavedSource {
@@ -339,7 +349,7 @@ impl ScopeIndex {
         for SavedOwner { owner, blocks } in &saved.owners {
             let Some(owner) = state.find_or_add_owner(no, owner, budget) else { continue };
             for (parent, key) in blocks {
-                stored += usize::from(state.store(owner, *parent, *key, budget) == Some(true));
+                stored += state.store(owner, *parent, &[*key], budget).new;
                 since_pause += 1;
                 if since_pause >= SLICE_KEYS {
                     since_pause = 0;
@@ -453,7 +463,11 @@ impl ScopeState {
             }
             known
         } else {
-            if source.owners.len() >= MAX_FRAME_OWNERS || !Budget::take(&budget.owners, budget.max_owners) {
+            let has_number = self.owners.has_free() || self.owners.bound() < MAX_HOLDERS as usize;
+            if source.owners.len() >= MAX_FRAME_OWNERS
+                || !has_number
+                || !Budget::take(&budget.owners, budget.max_owners, 1)
+            {
                 return None;
             }
             let tier = TierName::new(owner.tier, &owner.medium);
@@ -466,7 +480,7 @@ impl ScopeState {
                 kind: owner.kind,
                 load_blocks: owner.load_blocks,
             };
-            let added = OwnerNo(self.owners.insert(entry));
+            let added = Holder(self.owners.insert(entry));
             self.sources.get_mut(no.0)?.owners.push(added);
             added
         };
@@ -474,34 +488,70 @@ impl ScopeState {
         Some(found)
     }
 
-    /// True if new, `None` if a bound was reached.
+    /// `owner` holds these consecutive blocks from now on, as far as the bounds allow.
     pub(crate) fn store(
         &mut self,
         owner: OwnerNo,
         parent: BlockKey,
-        key: BlockKey,
+        keys: &[BlockKey],
         budget: &Budget,
-    ) -> Option<bool> {
-        if !Budget::take(&budget.entries, budget.max_entries) {
-            return self.table.holds(owner, key).then_some(false);
+    ) -> Stored {
+        let parent = (parent != budget.root).then_some(parent);
+        let mut engine = self.engine.write();
+        if budget.take_entries(keys.len()) {
+            let stored = engine.store(owner, parent, keys);
+            budget.give_back_entries(keys.len() - stored.new);
+            return stored;
         }
-        let new = self.table.store(owner, parent, key);
-        if !new {
-            budget.entries.fetch_sub(1, Ordering::Relaxed);
+        // Near the bound, one by one: what is held already needs no room.
+        let (mut all, mut before) = (Stored::default(), parent);
+        for key in keys {
+            if budget.take_entries(1) {
+                let stored = engine.store(owner, before, std::slice::from_ref(key));
+                budget.give_back_entries(1 - stored.new);
+                all.new += stored.new;
+                all.refused += stored.refused;
+            } else if !engine.holds(owner, *key) {
+                all.refused += 1;
+            }
+            before = Some(*key);
         }
-        Some(new)
+        all
+    }
+
+    /// What an owner's blocks look like from far away.
+    pub(crate) fn digest_of(&self, owner: OwnerNo) -> Digest {
+        self.engine.write().digest_of(owner)
+    }
+
+    /// The keys of an owner, in no particular order.
+    pub(crate) fn keys_of(&self, owner: OwnerNo) -> Vec<BlockKey> {
+        let mut keys = Vec::new();
+        self.engine.write().keys_of(owner, |_, key| keys.push(key));
+        keys
+    }
+
+    /// The blocks of an owner as (parent, key); parents before children within a stretch.
+    pub(crate) fn blocks_with_parents(&self, owner: OwnerNo, root: BlockKey) -> Vec<(BlockKey, BlockKey)> {
+        let mut blocks = Vec::new();
+        self.engine.write().keys_of(owner, |parent, key| blocks.push((parent.unwrap_or(root), key)));
+        blocks
     }
 
     /// Empties an owner by giving it a new number. Returns that and the blocks of the old one, to be purged.
-    pub(crate) fn empty_owner(&mut self, old: OwnerNo, budget: &Budget) -> Option<(OwnerNo, Vec<BlockKey>)> {
+    pub(crate) fn empty_owner(
+        &mut self,
+        old: OwnerNo,
+        budget: &Budget,
+    ) -> Option<(OwnerNo, engine::Retired)> {
         let entry = self.owners.take(old.0)?;
         let source = entry.source;
-        let fresh = OwnerNo(self.owners.insert(entry));
+        let fresh = Holder(self.owners.insert(entry));
         let owners = &mut self.sources.get_mut(source.0)?.owners;
         owners.iter_mut().filter(|owner| **owner == old).for_each(|owner| *owner = fresh);
-        let keys = self.table.take_keys(old);
-        budget.entries.fetch_sub(keys.len(), Ordering::Relaxed);
-        Some((fresh, keys))
+        let retired = self.engine.write().retire(old);
+        budget.give_back_entries(retired.blocks());
+        Some((fresh, retired))
     }
 
     /// Takes all owners away from a source. Their blocks count as gone and are to be purged.
@@ -514,9 +564,9 @@ impl ScopeState {
         let mut retired = Retired::with_capacity(numbers.len());
         for owner in numbers {
             self.owners.take(owner.0);
-            let keys = self.table.take_keys(owner);
-            budget.entries.fetch_sub(keys.len(), Ordering::Relaxed);
-            retired.push((owner, keys));
+            let blocks = self.engine.write().retire(owner);
+            budget.give_back_entries(blocks.blocks());
+            retired.push(blocks);
         }
         retired
     }
@@ -585,18 +635,19 @@ impl ScopeState {
 
     /// Says what is wrong if the parts disagree. For tests and debugging.
     pub(crate) fn check(&self) -> Result<(), String> {
-        self.table.check()?;
+        let engine = self.engine.write();
+        engine.check()?;
         let mut blocks = 0;
         for (no, source) in self.sources() {
             for owner in &source.owners {
                 match self.owner(*owner) {
-                    Some(entry) if entry.source == no => blocks += self.table.blocks_of(*owner),
+                    Some(entry) if entry.source == no => blocks += engine.blocks_of(*owner),
                     other => return Err(format!("{} has {owner:?}, which is {other:?}", source.id)),
                 }
             }
         }
-        if blocks != self.table.entries() {
-            return Err(format!("sources have {blocks} blocks, the table {}", self.table.entries()));
+        if blocks != engine.entries() {
+            return Err(format!("sources have {blocks} blocks, the engine {}", engine.entries()));
         }
         let lacking = self.sources().filter(|(no, _)| self.lacks_full(*no)).count();
         if lacking != self.without_full {

@@ -45,6 +45,11 @@ impl<T> Slots<T> {
         self.items.get_mut(at as usize)?.as_mut()
     }
 
+    /// True if the next value gets a number that was used before.
+    pub(crate) fn has_free(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// Numbers in use or reserved are below this.
     pub(crate) fn bound(&self) -> usize {
         self.items.len()

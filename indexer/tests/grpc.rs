@@ -143,11 +143,17 @@ async fn a_request_out_of_range_is_invalid_and_says_what_is_allowed() {
 #[tokio::test]
 async fn the_largest_prompts_are_answered() {
     let stage = Stage::start().await;
-    stage.publish(&mut Publisher::new("m", "a:1"), &[Op::Stored(0, vec![1])]).await;
+    let keys: Vec<u64> = (1..=MAX_PROMPT_KEYS as u64).collect();
+    let mut a = Publisher::new("m", "a:1");
+    let mut after = a.root;
+    for part in keys.chunks(1 << 16) {
+        stage.publish(&mut a, &[Op::StoredAfter(0, after, part.to_vec())]).await;
+        after = part[part.len() - 1];
+    }
     // Five bytes a token on the wire.
     let answer = stage.score(ask(prompt("m", tokens(vec![u32::MAX; MAX_PROMPT_TOKENS])))).await.unwrap();
     assert_eq!(answer.prompt_blocks as usize, MAX_PROMPT_TOKENS / 16);
-    let answer = stage.score(ask_keys("m", vec![1; MAX_PROMPT_KEYS])).await.unwrap();
+    let answer = stage.score(ask_keys("m", keys)).await.unwrap();
     assert_eq!(answer.instances[0].matched_blocks as usize, MAX_PROMPT_KEYS);
 }
 
@@ -229,7 +235,7 @@ async fn rows_are_best_first_with_ties_by_name_and_rank_up_to_the_limit() {
 #[tokio::test]
 async fn weights_of_the_request_replace_the_servers() {
     let stage = Stage::start().await;
-    let ops = [Op::Stored(0, vec![1]), Op::Stored(1, vec![2])];
+    let ops = [Op::Stored(0, vec![1]), Op::StoredAfter(1, 1, vec![2])];
     stage.publish(&mut Publisher::new("m", "a:1"), &ops).await;
     let mut request = ask_keys("m", [1, 2]);
     request.weights = vec![pb::TierWeight { tier: pb::Tier::Cpu.into(), weight: 0.0 }];

@@ -9,7 +9,8 @@ use kvatlas_proto::frame::{FrameHeader, FrameOwner, FramePart, OpBuffer, ReplyPa
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{OwnerBuckets, Request, Want};
 use kvatlas_proto::{
-    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, Scope, SourceId, Tier,
+    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, Scope, SourceId,
+    Tier,
 };
 
 /// One source; `header` may be changed between frames.
@@ -21,12 +22,17 @@ pub struct Publisher {
     pub sent: BTreeMap<u64, Bytes>,
     /// Blocks in one piece of an answer.
     pub piece_blocks: usize,
+    /// The key before every prompt's first one.
+    pub root: u64,
 }
 
 /// One operation on the owner with this position in the header.
 #[derive(Clone, Debug)]
 pub enum Op {
+    /// Consecutive blocks from a prompt's first one.
     Stored(u8, Vec<u64>),
+    /// Consecutive blocks after this one.
+    StoredAfter(u8, u64, Vec<u64>),
     Removed(u8, Vec<u64>),
     Cleared(u8),
 }
@@ -62,6 +68,7 @@ impl Publisher {
             held: Vec::new(),
             sent: BTreeMap::new(),
             piece_blocks: 1_000,
+            root: KeyHasher::default().root().0,
         }
     }
 
@@ -95,14 +102,8 @@ impl Publisher {
         let mut buffer = OpBuffer::default();
         for op in ops {
             match op {
-                Op::Stored(owner, keys) => {
-                    let mut parent = 0;
-                    for key in keys {
-                        buffer.stored(*owner, BlockKey(parent), BlockKey(*key));
-                        self.held[usize::from(*owner)].insert(*key, parent);
-                        parent = *key;
-                    }
-                }
+                Op::Stored(owner, keys) => self.store(&mut buffer, *owner, self.root, keys),
+                Op::StoredAfter(owner, parent, keys) => self.store(&mut buffer, *owner, *parent, keys),
                 Op::Removed(owner, keys) => {
                     for key in keys {
                         buffer.removed(*owner, BlockKey(*key));
@@ -116,6 +117,14 @@ impl Publisher {
             }
         }
         self.encode(&mut buffer)
+    }
+
+    fn store(&mut self, buffer: &mut OpBuffer, owner: u8, mut parent: u64, keys: &[u64]) {
+        for key in keys {
+            buffer.stored(owner, BlockKey(parent), BlockKey(*key));
+            self.held[usize::from(owner)].insert(*key, parent);
+            parent = *key;
+        }
     }
 
     /// A sign of life that says what is held.
