@@ -26,6 +26,8 @@ use crate::sources::{Expiry, SourceState};
 
 /// Frames after which the reader lets other tasks of its thread run, however many are waiting.
 const FRAMES_PER_TURN: usize = 32;
+/// Answers that are taken in, if they are here already, before it is asked who owes one: 64 MiB of pieces.
+const ANSWERS_BEFORE_ASKING: usize = 1_024;
 /// Questions that wait to be sent. At the bound a question is dropped, and asked again after its wait.
 pub(crate) const REQUEST_QUEUE: usize = 1_024;
 /// Time between two looks at sources that may have to be asked, while there are any.
@@ -91,15 +93,27 @@ impl Ingest {
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let troubled = self.index.is_troubled();
-            let (origin, message) = tokio::select! {
+            // Fair between the two: behind a large transfer of one source, changes of the others would go stale.
+            let next = async {
+                tokio::select! {
+                    message = replies.recv() => (Origin::Replies, message),
+                    message = events.recv() => (Origin::Events, message),
+                }
+            };
+            let next = tokio::select! {
                 biased;
                 () = stop.cancelled() => return true,
-                _ = poll.tick(), if troubled => {
-                    self.ask();
-                    continue;
+                _ = poll.tick(), if troubled => None,
+                next = next => Some(next),
+            };
+            let Some((origin, message)) = next else {
+                // Applying one answer can take so long that others wait here unread: their senders are not late.
+                for _ in 0..ANSWERS_BEFORE_ASKING {
+                    let Ok(message) = replies.try_recv() else { break };
+                    self.take(&message, Origin::Replies);
                 }
-                message = replies.recv() => (Origin::Replies, message),
-                message = events.recv() => (Origin::Events, message),
+                self.ask();
+                continue;
             };
             let Some(message) = message else { return false };
             self.take(&message, origin);
