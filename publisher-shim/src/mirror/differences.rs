@@ -1,8 +1,8 @@
 //! What makes somebody else's idea of a mirror equal to it.
 //!
 //! The asker says what it has of each owner as bucket sums; what differs is told in operations: whole slices where few
-//! differ, everything as runs where the asker has nothing, far too few slices to tell what differs, or differences nearly everywhere. The
-//! answer's size follows the drift, not the mirror.
+//! differ, everything as runs where the asker has nothing, or far too few slices to tell what differs. The answer's size follows the drift, not the
+//! mirror.
 
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
@@ -96,10 +96,7 @@ impl Mirror {
                 slices[at].1.push((parent, key));
             }
         }
-        // A block of a slice costs its parent too; in a run only the first does.
-        let told: usize = slices.iter().map(|(_, blocks)| blocks.len()).sum();
-        let whole_is_less = told as u64 * 2 > digest.count;
-        if whole_is_less || slices.iter().any(|(_, blocks)| blocks.len() > MAX_SLICE_BLOCKS) {
+        if slices.iter().any(|(_, blocks)| blocks.len() > MAX_SLICE_BLOCKS) {
             return Telling::Whole { cleared: true };
         }
         Telling::Slices(slices)
