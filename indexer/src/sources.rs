@@ -342,10 +342,9 @@ impl SourceTracker {
     }
 
     /// Every piece was applied, and our content is not what the publisher says: some of it changed hands or a bound
-    /// refused it. What still differs is asked for again, later.
+    /// refused it. What still differs is asked for again, when the wait that began with the question is over.
     pub(crate) fn on_transfer_failed(&mut self, header: &FrameHeader, now_ms: u64) {
         self.session = None;
-        self.asking.asked(now_ms, STATE_WAIT_MS, STATE_WAIT_MAX_MS);
         if self.over_limit {
             // As near as the bound allows. Asking again would bring the same.
             self.prove(header, now_ms);
