@@ -135,61 +135,61 @@ impl Metrics {
     pub(crate) fn register(&self, registry: &mut Registry) {
         let registry = registry.sub_registry_with_prefix("kvatlas_index");
         let counters = [
-            ("frames_applied", "Event frames that were applied.", &self.frames_applied),
+            ("frames_applied", "Event frames that were applied", &self.frames_applied),
             (
                 "frames_duplicate",
-                "Event frames that were dropped because they were seen before.",
+                "Event frames that were dropped because they were seen before",
                 &self.frames_duplicate,
             ),
             (
                 "frames_stale_epoch",
-                "Event frames that were dropped because their publisher's lifetime is over.",
+                "Event frames that were dropped because their publisher's lifetime is over",
                 &self.frames_stale_epoch,
             ),
             (
                 "frames_held",
-                "Event frames that were kept until frames before them were sent again, or the state was known.",
+                "Event frames that were kept until frames before them were sent again, or the state was known",
                 &self.frames_held,
             ),
             (
                 "frames_held_over",
-                "Event frames that were dropped because too many were kept already; they are asked for again.",
+                "Event frames that were dropped because too many were kept already; they are asked for again",
                 &self.frames_held_over,
             ),
-            ("gaps", "Times a source went from complete to missing frames.", &self.gaps),
-            ("epochs", "Publisher lifetimes that started.", &self.epochs),
-            ("reply_bytes", "Bytes of publishers' answers.", &self.reply_bytes),
+            ("gaps", "Times a source went from complete to missing frames", &self.gaps),
+            ("epochs", "Publisher lifetimes that started", &self.epochs),
+            ("reply_bytes", "Bytes of publishers' answers", &self.reply_bytes),
             (
                 "divergences",
-                "Times a source that counted was found to differ from its publisher at the same sequence.",
+                "Times a source that counted was found to differ from its publisher at the same sequence",
                 &self.divergences,
             ),
-            ("checkpoints_written", "Checkpoints that were written.", &self.checkpoints_written),
+            ("checkpoints_written", "Checkpoints that were written", &self.checkpoints_written),
             (
                 "checkpoint_failures",
-                "Checkpoints that could not be written; the last one stays.",
+                "Checkpoints that could not be written; the last one stays",
                 &self.checkpoint_failures,
             ),
-            ("blocks_stored", "Blocks that an owner did not hold before.", &self.blocks_stored),
-            ("blocks_removed", "Blocks that an owner does not hold any more.", &self.blocks_removed),
+            ("blocks_stored", "Blocks that an owner did not hold before", &self.blocks_stored),
+            ("blocks_removed", "Blocks that an owner does not hold any more", &self.blocks_removed),
             (
                 "blocks_refused",
-                "Blocks that were not stored because a bound was reached.",
+                "Blocks that were not stored because a bound was reached",
                 &self.blocks_refused,
             ),
             (
                 "owners_refused",
-                "Owners in frames that were not taken in because a bound was reached.",
+                "Owners in frames that were not taken in because a bound was reached",
                 &self.owners_refused,
             ),
             (
                 "outcome_predicted_tokens",
-                "Cached prompt tokens that were predicted for requests whose outcome was reported.",
+                "Cached prompt tokens that were predicted for requests whose outcome was reported",
                 &self.outcome_predicted_tokens,
             ),
             (
                 "outcome_reported_tokens",
-                "Cached prompt tokens that engines reported for the same requests.",
+                "Cached prompt tokens that engines reported for the same requests",
                 &self.outcome_reported_tokens,
             ),
         ];
@@ -199,32 +199,32 @@ impl Metrics {
         let by_reason = [
             (
                 "frames_bad",
-                "Event frames that were dropped because they are not valid, by reason.",
+                "Event frames that were dropped because they are not valid, by reason",
                 &self.frames_bad,
             ),
             (
                 "frames_refused",
-                "Event frames that were dropped because a bound was reached, by which one.",
+                "Event frames that were dropped because a bound was reached, by which one",
                 &self.frames_refused,
             ),
             (
                 "request_failures",
-                "Questions to publishers that were not sent, by reason; they are asked again.",
+                "Questions to publishers that were not sent, by reason; they are asked again",
                 &self.request_failures,
             ),
             (
                 "checkpoint_refused",
-                "Checkpoints that could not be used at the start, by reason; the index then started cold.",
+                "Checkpoints that could not be used at the start, by reason; the index then started cold",
                 &self.checkpoint_refused,
             ),
             (
                 "sources_expired",
-                "Sources that were marked as silent, whose lease ended (gone), or that were dropped.",
+                "Sources that were marked as silent, whose lease ended (gone), or that were dropped",
                 &self.sources_expired,
             ),
             (
                 "outcome_unreported",
-                "Scored requests that were forgotten before an outcome was reported: evicted for newer ones, or replaced by one with the same id.",
+                "Scored requests that were forgotten before an outcome was reported: evicted for newer ones, or replaced by one with the same id",
                 &self.outcome_unreported,
             ),
         ];
@@ -233,65 +233,65 @@ impl Metrics {
         }
         registry.register(
             "requests",
-            "Questions that were sent to publishers: frames (lost ones again) or state (what differs from ours).",
+            "Questions that were sent to publishers: frames (lost ones again) or state (what differs from ours)",
             self.requests.clone(),
         );
         registry.register(
             "comparisons",
-            "Digests of a source that were compared with ours at the same sequence, by result.",
+            "Digests of a source that were compared with ours at the same sequence, by result",
             self.comparisons.clone(),
         );
         registry.register(
             "transfers",
-            "Transfers of a source's state that were completed, by whether the digests were equal afterwards.",
+            "Transfers of a source's state that were completed, by whether the digests were equal afterwards",
             self.transfers.clone(),
         );
-        registry.register("calls", "gRPC calls, and requests inside streams, by result.", self.calls.clone());
+        registry.register("calls", "gRPC calls, and requests inside streams, by result", self.calls.clone());
         registry.register_with_unit(
             "lookup",
-            "Time of a score look-up on the server, without the network.",
+            "Time of a score look-up on the server, without the network",
             Unit::Seconds,
             self.lookup.0.clone(),
         );
         registry.register(
             "outcomes",
-            "Reported outcomes by the prediction they were compared with; those that were looked up only when the report came are counted here and nowhere else.",
+            "Reported outcomes by the prediction they were compared with; those that were looked up only when the report came are counted here and nowhere else",
             self.outcomes.clone(),
         );
         registry.register_with_unit(
             "outcome_error",
-            "Difference between predicted and reported cached prompt tokens, by direction, slowest tier the prediction relied on, and time since the source had been verified.",
+            "Difference between predicted and reported cached prompt tokens, by direction, slowest tier the prediction relied on, and time since the source had been verified",
             Unit::Other("tokens".to_owned()),
             self.outcome_error.0.clone(),
         );
         let gauges = [
             (
                 "checkpoint_restored_blocks",
-                "Blocks that the checkpoint had at the start, counted once per owner.",
+                "Blocks that the checkpoint had at the start, counted once per owner",
                 &self.checkpoint_restored_blocks,
             ),
-            ("checkpoint_bytes", "Size of the last checkpoint that was written.", &self.checkpoint_bytes),
-            ("scopes", "Key spaces: model, block size, key version and tenant.", &self.scopes),
-            ("blocks", "Blocks held, counted once per owner.", &self.blocks),
-            ("distinct_blocks", "Different blocks held, counted once per scope.", &self.distinct_blocks),
-            ("owners", "Owners: tier and cache group of a source.", &self.owners),
+            ("checkpoint_bytes", "Size of the last checkpoint that was written", &self.checkpoint_bytes),
+            ("scopes", "Key spaces: model, block size, key version and tenant", &self.scopes),
+            ("blocks", "Blocks held, counted once per owner", &self.blocks),
+            ("distinct_blocks", "Different blocks held, counted once per scope", &self.distinct_blocks),
+            ("owners", "Owners: tier and cache group of a source", &self.owners),
         ];
         for (name, help, gauge) in gauges {
             registry.register(name, help, gauge.clone());
         }
         registry.register_with_unit(
             "checkpoint_duration",
-            "Time that the last checkpoint took to write.",
+            "Time that the last checkpoint took to write",
             Unit::Seconds,
             self.checkpoint_duration.clone(),
         );
         registry.register_with_unit(
             "verified_age",
-            "Longest time since the digests of a source that counts were last equal; 0 if none counts, infinite if one was never compared.",
+            "Longest time since the digests of a source that counts were last equal; 0 if none counts, infinite if one was never compared",
             Unit::Seconds,
             self.verified_age.clone(),
         );
-        registry.register("sources", "Sources (instance and rank) by state.", self.sources.clone());
+        registry.register("sources", "Sources (instance and rank) by state", self.sources.clone());
     }
 
     /// Takes over the sizes of the index; called before each scrape.

@@ -1,4 +1,4 @@
-//! The server around the index: ports, events, re-sync requests, health, reflection, pages, shutdown.
+//! The server around the index: ports, events, questions to publishers, checkpoints, health, reflection, pages, shutdown.
 
 mod common;
 
