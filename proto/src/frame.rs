@@ -1,11 +1,12 @@
-//! Event frames: what a publisher tells the index, one source per frame.
+//! Event frames: what a publisher tells the index, one source and one shard per frame.
 //!
 //! A frame is sealed ([`crate::sealed`], magic `KVAF`); its body is an rkyv archive, little-endian, readable at any
 //! address. It is read in place, but only after [`FrameView::parse`] has checked all of it: seal, size, archive
 //! structure, names, and that operations and keys add up. A frame that fails is dropped and counted by the receiver.
 //! Token ids never travel: a stored block costs its 8-byte key plus a share of its operation.
 //!
-//! One source (instance and rank) has one contiguous sequence for all its tiers and cache groups, so that a block
+//! One source (instance and rank) has, in each virtual shard ([`crate::shard`]; one where the key space is not cut), one
+//! contiguous sequence for all its tiers and cache groups, so that a block
 //! that moves between tiers moves in one step. An epoch begins with [`FramePart::Start`] at sequence 0, which says by
 //! digests what the source holds at that moment; every later frame is a change. Who has missed something asks
 //! ([`crate::request`]) and is answered in frames of the parts [`FramePart::Live`] (the very frames that are missing),
@@ -20,10 +21,11 @@ use crate::keys::{BlockKey, KeyVariant};
 use crate::request::RequestId;
 use crate::scope::{InvalidScopeError, Scope};
 use crate::sealed::{OpenError, Seal};
+use crate::shard::ShardId;
 use wire::{DigestRecord, OpRecord, OwnerRecord};
 
 /// Version of the layout.
-pub const FRAME_VERSION: u16 = 2;
+pub const FRAME_VERSION: u16 = 3;
 /// Largest frame, in bytes. Below NATS's default `max_payload` of 1 MiB.
 pub const MAX_FRAME_BYTES: usize = 768 * 1024;
 /// Most owners (tier and cache group) one source can have.
@@ -93,6 +95,8 @@ pub struct FrameHeader {
     pub scope: Scope,
     /// Who publishes.
     pub source: SourceId,
+    /// Which part of the key space: all blocks in it are of this shard, and digests count these.
+    pub shard: ShardId,
     /// How this engine shapes extra keys.
     pub variant: KeyVariant,
     /// Publisher's lifetime.
@@ -141,7 +145,8 @@ pub struct Op<'a> {
 pub enum Change<'a> {
     /// The owner now holds these consecutive blocks; the first one follows `parent`.
     Stored {
-        /// Key of the block before the first one, or the seed's root key.
+        /// Key of the block before the first one; the seed's root key if the first one begins a prompt, or a segment of
+        /// the shard.
         parent: BlockKey,
         /// Consecutive keys.
         keys: Keys<'a>,
@@ -255,6 +260,8 @@ mod wire {
         pub engine_time_ns: u64,
         pub rank: u32,
         pub block_size: u32,
+        pub shard: u16,
+        pub shards: u16,
         pub key_version: u16,
         pub part: u8,
         pub health: u8,
@@ -473,6 +480,8 @@ impl FrameHeader {
             engine_time_ns: self.engine_time_ns,
             rank: self.source.rank.0,
             block_size: self.scope.block_size(),
+            shard: self.shard.number(),
+            shards: self.shard.of(),
             key_version: self.scope.key_version(),
             part: self.part as u8,
             health: self.health as u8,
@@ -569,6 +578,8 @@ fn parse_header(body: &wire::ArchivedBody) -> Result<FrameHeader, ParseFrameErro
             instance: InstanceId::new(body.instance.as_str())?,
             rank: DpRank(body.rank.to_native()),
         },
+        shard: ShardId::new(body.shard.to_native(), body.shards.to_native())
+            .ok_or(ParseFrameError::Inconsistent("there is no such shard"))?,
         variant: KeyVariant {
             multimodal_offsets: body.multimodal_offsets != 0,
             lookahead_tokens: body.lookahead_tokens,

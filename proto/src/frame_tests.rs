@@ -18,6 +18,7 @@ fn header(owners: usize) -> FrameHeader {
     FrameHeader {
         scope: Scope::new("meta-llama/Llama-3.1-8B", "", 16, 1).unwrap(),
         source: SourceId { instance: InstanceId::new("10.0.0.7:8000").unwrap(), rank: DpRank(3) },
+        shard: ShardId::new(5, 64).unwrap(),
         variant: KeyVariant::default(),
         epoch: Epoch(1_795_168_931_869_788_000),
         seq: FrameSeq(7),

@@ -7,6 +7,7 @@
 //! * [`sealed`]: the outer form of everything binary: magic, version, checksum.
 //! * [`frame`]: the event frames on the bus: versioned, checksummed, validated before they are read.
 //! * [`request`]: what an index asks a publisher when it has missed something.
+//! * [`shard`]: how the key space is cut, and which server owns which part.
 //! * [`subject`]: every NATS subject, built and parsed in one place.
 //! * [`grpc`]: the generated `kvatlas.v1` service.
 //!
@@ -20,9 +21,11 @@ pub mod keys;
 pub mod request;
 pub mod scope;
 pub mod sealed;
+pub mod shard;
 pub mod subject;
 
 pub use digest::Digest;
 pub use ids::{CacheGroup, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, OwnerRef, SourceId, Tier};
 pub use keys::{BlockKey, ExtraKey, KeyHasher, KeySeed};
 pub use scope::Scope;
+pub use shard::{Partition, ShardId, ShardSet};

@@ -11,9 +11,10 @@ use crate::digest::{Buckets, InvalidBucketsError};
 use crate::frame::{MAX_FRAME_BYTES, MAX_FRAME_OWNERS};
 use crate::ids::{CacheGroup, Epoch, FrameSeq, MAX_MEDIUM_BYTES, Tier};
 use crate::sealed::{OpenError, Seal};
+use crate::shard::ShardId;
 
 /// Version of the layout.
-pub const REQUEST_VERSION: u16 = 1;
+pub const REQUEST_VERSION: u16 = 2;
 /// Most ranges of missing frames in one request; the next request has the rest.
 pub const MAX_RANGES: usize = 64;
 /// Most bucket sums in one request, over all owners: 512 KiB.
@@ -31,6 +32,8 @@ pub struct Request {
     pub id: RequestId,
     /// The epoch it is about. A publisher in another epoch answers with a heartbeat, which says so.
     pub epoch: Epoch,
+    /// Which part of the key space it is about. To a publisher that cuts it otherwise, nobody is asking.
+    pub shard: ShardId,
     /// What is asked for.
     pub want: Want,
 }
@@ -128,6 +131,8 @@ mod wire {
     pub struct Body {
         pub id: u64,
         pub epoch: u64,
+        pub shard: u16,
+        pub shards: u16,
         pub kind: u8,
         pub ranges: Vec<Range>,
         pub owners: Vec<Owner>,
@@ -154,6 +159,8 @@ impl Request {
         let body = wire::Body {
             id: self.id.0,
             epoch: self.epoch.0,
+            shard: self.shard.number(),
+            shards: self.shard.of(),
             kind,
             ranges: ranges.iter().map(|(first, last)| wire::Range { first: first.0, last: last.0 }).collect(),
             owners: owners.iter().map(OwnerBuckets::to_wire).collect(),
@@ -193,7 +200,9 @@ impl Request {
             ),
             value => return Err(ParseRequestError::Unknown { field: "kind", value }),
         };
-        Ok(Self { id: RequestId(body.id.to_native()), epoch: Epoch(body.epoch.to_native()), want })
+        let shard = ShardId::new(body.shard.to_native(), body.shards.to_native())
+            .ok_or(ParseRequestError::Inconsistent("there is no such shard"))?;
+        Ok(Self { id: RequestId(body.id.to_native()), epoch: Epoch(body.epoch.to_native()), shard, want })
     }
 }
 
@@ -231,7 +240,7 @@ mod tests {
     use crate::keys::BlockKey;
 
     fn request(want: Want) -> Request {
-        Request { id: RequestId(7), epoch: Epoch(9), want }
+        Request { id: RequestId(7), epoch: Epoch(9), shard: ShardId::new(3, 8).unwrap(), want }
     }
 
     fn owner(bits: u8, keys: u64) -> OwnerBuckets {

@@ -5,17 +5,22 @@
 //! PREFIX.v1.ctl.INSTANCE.RANK                requests to the publisher of one source
 //! PREFIX.v1.rep.ASKER.INSTANCE.RANK          its answers to one asker
 //! PREFIX.v1.hello                            asks every publisher for a heartbeat now
+//! PREFIX.v1.q.SET                            a question to any one server that owns a set of shards (a queue group)
+//! PREFIX.v1.hq.SET                           the same question again, to all of them: the first was slow
+//! PREFIX.v1.qr.ASKER.NUMBER                  the answer
+//! PREFIX.v1.srv                              servers say which sets they own
 //! ```
 //!
 //! `PREFIX` is the deployment's name (default `kvatlas`), `SCOPE` the scope token (16 hex digits), `SHARD` the virtual
-//! shard (`all` while a scope is not partitioned), `INSTANCE` the instance name with every byte outside
+//! shard (`17of64`; `all` where the key space is not cut), `SET` a set of shards (`2of4` servers), `INSTANCE` the instance name with every byte outside
 //! `[A-Za-z0-9_-]` written as `=XX`. A subscription to [`Subjects::all_events`] therefore sees every event, and an
 //! operator can put a JetStream stream over it for audit or replay without a change here.
 
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 
 use crate::ids::{DpRank, InstanceId, SourceId};
 use crate::scope::ScopeToken;
+use crate::shard::{ShardId, ShardSet};
 
 /// Subject prefix of a deployment that names none.
 pub const DEFAULT_PREFIX: &str = "kvatlas";
@@ -57,7 +62,7 @@ pub enum Subject {
         /// Which key space.
         scope: ScopeToken,
         /// Which part of it.
-        shard: Shard,
+        shard: ShardId,
         /// Who publishes.
         source: SourceId,
     },
@@ -75,15 +80,13 @@ pub enum Subject {
     },
     /// Every publisher is to show itself.
     Hello,
-}
-
-/// A part of a scope's key space, as subjects name it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Shard {
-    /// The whole key space: the scope is not partitioned.
-    All,
-    /// One virtual shard.
-    Virtual(u16),
+    /// The answer of an index server to another one's question.
+    Answer {
+        /// Who had asked.
+        asker: Asker,
+        /// Which of its questions.
+        number: u64,
+    },
 }
 
 // === impl Subjects ===
@@ -106,8 +109,13 @@ impl Subjects {
     }
 
     /// Where `source` publishes its frames of `shard` of `scope`.
-    pub fn events(&self, scope: ScopeToken, shard: Shard, source: &SourceId) -> String {
+    pub fn events(&self, scope: ScopeToken, shard: ShardId, source: &SourceId) -> String {
         format!("{}.{VERSION}.ev.{scope}.{shard}.{}", self.prefix, source_token(source))
+    }
+
+    /// Matches the events of one shard, of every scope and source.
+    pub fn events_of(&self, shard: ShardId) -> String {
+        format!("{}.{VERSION}.ev.*.{shard}.>", self.prefix)
     }
 
     /// Matches the events of every scope, shard and source.
@@ -135,7 +143,32 @@ impl Subjects {
         format!("{}.{VERSION}.hello", self.prefix)
     }
 
-    /// The inverse of the above.
+    /// Where one of the servers that own `set` is asked.
+    pub fn query(&self, set: ShardSet) -> String {
+        format!("{}.{VERSION}.q.{set}", self.prefix)
+    }
+
+    /// Where all servers that own `set` are asked, because one was slow.
+    pub fn hedge(&self, set: ShardSet) -> String {
+        format!("{}.{VERSION}.hq.{set}", self.prefix)
+    }
+
+    /// Where `asker` is answered its question of this number.
+    pub fn answer(&self, asker: &Asker, number: u64) -> String {
+        format!("{}.{VERSION}.qr.{}.{number}", self.prefix, asker.0)
+    }
+
+    /// Matches every answer of a server to `asker`.
+    pub fn all_answers(&self, asker: &Asker) -> String {
+        format!("{}.{VERSION}.qr.{}.*", self.prefix, asker.0)
+    }
+
+    /// Where servers say which sets they own.
+    pub fn servers(&self) -> String {
+        format!("{}.{VERSION}.srv", self.prefix)
+    }
+
+    /// The inverse of the above, as far as what is received on a pattern is concerned.
     pub fn parse(&self, subject: &str) -> Result<Subject, UnknownSubjectError> {
         self.parse_inner(subject).ok_or_else(|| UnknownSubjectError(subject.to_owned()))
     }
@@ -146,7 +179,7 @@ impl Subjects {
         match words.as_slice() {
             [VERSION, "ev", scope, shard, instance, rank] => Some(Subject::Events {
                 scope: ScopeToken(parse_hex16(scope)?),
-                shard: Shard::parse(shard)?,
+                shard: parse_shard(shard)?,
                 source: parse_source(instance, rank)?,
             }),
             [VERSION, "ctl", instance, rank] => {
@@ -157,6 +190,9 @@ impl Subjects {
                 source: parse_source(instance, rank)?,
             }),
             [VERSION, "hello"] => Some(Subject::Hello),
+            [VERSION, "qr", asker, number] => {
+                Some(Subject::Answer { asker: Asker::new(*asker).ok()?, number: parse_decimal(number)? })
+            }
             _ => None,
         }
     }
@@ -173,26 +209,6 @@ impl Asker {
             return Err(InvalidAskerError(name));
         }
         Ok(Self(name))
-    }
-}
-
-// === impl Shard ===
-
-impl Shard {
-    fn parse(word: &str) -> Option<Self> {
-        if word == "all" {
-            return Some(Self::All);
-        }
-        Some(Self::Virtual(parse_decimal(word)?))
-    }
-}
-
-impl fmt::Display for Shard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::All => f.write_str("all"),
-            Self::Virtual(number) => number.fmt(f),
-        }
     }
 }
 
@@ -232,6 +248,15 @@ fn parse_source(instance: &str, rank: &str) -> Option<SourceId> {
     Some(SourceId { instance, rank: DpRank(parse_decimal(rank)?) })
 }
 
+fn parse_shard(word: &str) -> Option<ShardId> {
+    if word == "all" {
+        return Some(ShardId::WHOLE);
+    }
+    let (number, of) = word.split_once("of")?;
+    // The whole has one spelling.
+    ShardId::new(parse_decimal(number)?, parse_decimal(of)?).filter(|shard| *shard != ShardId::WHOLE)
+}
+
 fn upper_hex(byte: u8) -> Option<u8> {
     match byte {
         b'0'..=b'9' => Some(byte - b'0'),
@@ -263,7 +288,8 @@ mod tests {
 
     #[test]
     fn events_subject_is_what_the_documentation_shows() {
-        let subject = Subjects::default().events(ScopeToken(0xab), Shard::All, &source("10.0.0.7:8000", 2));
+        let subject =
+            Subjects::default().events(ScopeToken(0xab), ShardId::WHOLE, &source("10.0.0.7:8000", 2));
         assert_eq!(subject, "kvatlas.v1.ev.00000000000000ab.all.10=2E0=2E0=2E7=3A8000.2");
     }
 
@@ -279,6 +305,9 @@ mod tests {
             "kvatlas.v1.ctl.=41.0",
             "kvatlas.v1.ctl.=2e.0",
             "kvatlas.v1.ev.AB.all.a.0",
+            "kvatlas.v1.ev.00000000000000ab.0of1.a.0",
+            "kvatlas.v1.ev.00000000000000ab.4of4.a.0",
+            "kvatlas.v1.ev.00000000000000ab.01of4.a.0",
         ] {
             assert!(subjects.parse(bad).is_err(), "{bad}");
         }
@@ -295,11 +324,11 @@ mod tests {
     proptest! {
         #[test]
         fn subjects_round_trip(
-            name in "[!-~]{1,40}", rank in any::<u32>(), token in any::<u64>(), shard in any::<Option<u16>>(),
+            name in "[!-~]{1,40}", rank in any::<u32>(), token in any::<u64>(), of in 1u16..1_024, asked in any::<u64>(),
         ) {
             let subjects = Subjects::new("prod.kv").unwrap();
             let source = source(&name, rank);
-            let shard = shard.map_or(Shard::All, Shard::Virtual);
+            let shard = ShardId::new((asked % u64::from(of)) as u16, of).unwrap();
             let events = subjects.events(ScopeToken(token), shard, &source);
             let control = subjects.control(&source);
             prop_assert_eq!(
@@ -311,6 +340,9 @@ mod tests {
             let reply = subjects.reply(&asker, &source);
             prop_assert_eq!(subjects.parse(&reply), Ok(Subject::Reply { asker, source }));
             prop_assert_eq!(subjects.parse(&subjects.hello()), Ok(Subject::Hello));
+            let asker = Asker::new("index-7").unwrap();
+            let answer = subjects.answer(&asker, asked);
+            prop_assert_eq!(subjects.parse(&answer), Ok(Subject::Answer { asker, number: asked }));
         }
     }
 }
