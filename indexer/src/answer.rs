@@ -3,6 +3,7 @@
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::{GroupKind, Tier};
 
+use crate::cluster::Covered;
 use crate::index::{DumpOwner, OwnerInfo, SourceInfo};
 use crate::outcome::Outcome;
 use crate::query::{ScoreAnswer, ScoreRow};
@@ -11,23 +12,35 @@ use crate::sources::SourceState;
 /// What an index that has not found out everything yet says beside its answers.
 const NOT_READY: &str = "the index has just started and is still finding out what publishers hold";
 
-/// The answer to a score request. An index that is not partitioned covers the whole key space once it is ready.
+/// Steps in which an answer says how old a proof is, milliseconds: twice the time between two proofs, so that all servers
+/// say the same of a source that is well.
+pub(crate) const AGE_STEP_MS: u64 = 2_000;
+
+/// The answer to a score request. A server that is not ready covers nothing.
 pub(crate) fn score_response(
     request_id: u64,
-    answer: ScoreAnswer,
+    found: Covered<ScoreAnswer>,
     lookup_ns: u64,
     now_ms: u64,
     ready: bool,
 ) -> pb::ScoreResponse {
+    let Covered { answer, coverage, mut missing } = found;
+    if !ready {
+        missing.push(NOT_READY.to_owned());
+    }
     pb::ScoreResponse {
         request_id,
         instances: answer.rows.into_iter().map(|row| instance_score(row, now_ms)).collect(),
         scope_known: answer.scope_known,
         prompt_blocks: answer.prompt_blocks,
-        coverage: if ready { 1.0 } else { 0.0 },
-        missing: if ready { Vec::new() } else { vec![NOT_READY.to_owned()] },
+        coverage: if ready { coverage } else { 0.0 },
+        missing,
         lookup_ns,
     }
+}
+
+fn age_in_steps(age_ms: u64) -> u64 {
+    age_ms.div_ceil(AGE_STEP_MS).max(1) * AGE_STEP_MS
 }
 
 fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
@@ -50,7 +63,7 @@ fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
         block_size: row.block_size,
         state: row.state.map_or(pb::SourceState::Unspecified, state_of).into(),
         degraded_reason: row.state.map_or("", SourceState::degraded_reason).to_owned(),
-        verified_age_ms: row.verified_ms.map(|at| now_ms.saturating_sub(at)),
+        verified_age_ms: row.verified_ms.map(|at| age_in_steps(now_ms.saturating_sub(at))),
         instance: row.instance,
     }
 }

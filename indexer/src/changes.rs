@@ -312,6 +312,7 @@ impl<'a> SourceChange<'a> {
 
     /// Takes out of the table what nobody has any more, and says what happened.
     pub(crate) fn finish(mut self) -> Applied {
+        self.state.note_trust(self.no);
         purge(&mut self.state, std::mem::take(&mut self.retired));
         if let Some(source) = self.state.source_mut(self.no) {
             self.applied.after = source.tracker.state();

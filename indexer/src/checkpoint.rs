@@ -17,17 +17,20 @@ use kvatlas_proto::ids::{InvalidInstanceError, MAX_MEDIUM_BYTES};
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::scope::InvalidScopeError;
 use kvatlas_proto::sealed::{OpenError, PREAMBLE_BYTES, Seal};
-use kvatlas_proto::{BlockKey, CacheGroup, DpRank, Epoch, GroupKind, InstanceId, Scope, SourceId, Tier};
+use kvatlas_proto::{
+    BlockKey, CacheGroup, DpRank, Epoch, GroupKind, InstanceId, Scope, ShardId, SourceId, Tier,
+};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Version of the layout. A file of another version is refused; the index then starts cold.
-pub const CHECKPOINT_VERSION: u16 = 1;
+pub const CHECKPOINT_VERSION: u16 = 2;
 const SEAL: Seal = Seal { what: "an index checkpoint", magic: *b"KVAC", version: CHECKPOINT_VERSION };
 
-/// What a checkpoint says of one source.
+/// What a checkpoint says of one source in one shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SavedSource {
     pub(crate) scope: Scope,
+    pub(crate) shard: ShardId,
     pub(crate) source: SourceId,
     pub(crate) epoch: Epoch,
     pub(crate) variant: KeyVariant,
@@ -95,6 +98,8 @@ mod wire {
         pub(super) tenant: String,
         pub(super) block_size: u32,
         pub(super) key_version: u16,
+        pub(super) shard: u16,
+        pub(super) shards: u16,
         pub(super) instance: String,
         pub(super) rank: u32,
         pub(super) epoch: u64,
@@ -174,6 +179,8 @@ impl SavedSource {
             tenant: self.scope.tenant().to_owned(),
             block_size: self.scope.block_size(),
             key_version: self.scope.key_version(),
+            shard: self.shard.number(),
+            shards: self.shard.of(),
             instance: self.source.instance.as_str().to_owned(),
             rank: self.source.rank.0,
             epoch: self.epoch.0,
@@ -194,6 +201,8 @@ impl SavedSource {
                 record.block_size.to_native(),
                 record.key_version.to_native(),
             )?,
+            shard: ShardId::new(record.shard.to_native(), record.shards.to_native())
+                .ok_or(ReadCheckpointError::Inconsistent("there is no such shard"))?,
             source: SourceId {
                 instance: InstanceId::new(record.instance.as_str())?,
                 rank: DpRank(record.rank.to_native()),
@@ -300,6 +309,7 @@ mod tests {
         let window = GroupKind::SlidingWindow { window_tokens: 64, block_tokens: 16 };
         SavedSource {
             scope: Scope::new("m", "t", 16, 1).unwrap(),
+            shard: ShardId::new(3, 8).unwrap(),
             source: SourceId { instance: InstanceId::new("10.0.0.7:8000").unwrap(), rank: DpRank(2) },
             epoch: Epoch(77),
             variant: KeyVariant { multimodal_offsets: true, lookahead_tokens: 1 },
@@ -345,7 +355,7 @@ mod tests {
         let error = read(&newer).unwrap_err();
         assert_eq!(error.reason(), "version");
         assert!(
-            error.to_string().contains("version 2") && error.to_string().contains("version 1"),
+            error.to_string().contains("version 3") && error.to_string().contains("version 2"),
             "{error}"
         );
     }

@@ -12,20 +12,20 @@ use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{InstanceId, KeyHasher, OwnerRef, Scope, SourceId};
+use kvatlas_proto::{KeyHasher, OwnerRef, Partition, Scope, ShardId, SourceId};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
 use crate::held::RecoveryLimits;
-use crate::matching::SourceMatch;
-use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
 pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
-use crate::sources::{SourceTracker, Verdict};
+use crate::sources::{SourceState, Verdict};
 
+mod score;
 mod views;
 
+pub(crate) use score::{Subject, ranks_of};
 pub use views::{
     BlockSizeMismatch, DumpOwner, Expired, IndexTotals, LimitReached, OwnerFilter, OwnerInfo, SourceInfo,
 };
@@ -48,9 +48,10 @@ const SOURCES_PER_POLL: usize = 256;
 /// What an index may hold. At a bound the new thing is refused and counted; what is there stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexLimits {
-    /// Key spaces. At the bound, one without sources makes room; else frames of the new scope are refused.
+    /// Key spaces, counted once per shard. At the bound, one without sources makes room; else frames of the new scope are
+    /// refused.
     pub scopes: usize,
-    /// Sources per scope. At the bound, frames of new sources are refused.
+    /// Sources per scope and shard. At the bound, frames of new sources are refused.
     pub sources_per_scope: usize,
     /// Owners of all scopes. At the bound, blocks of new owners are refused and their source is degraded.
     pub owners: usize,
@@ -60,14 +61,21 @@ pub struct IndexLimits {
     pub recovery: RecoveryLimits,
 }
 
+/// One shard of a scope.
+pub(crate) type PartId = (Scope, ShardId);
+
 /// The map of who holds which block.
 pub struct Index {
     limits: IndexLimits,
     hasher: KeyHasher,
-    scopes: RwLock<BTreeMap<Scope, Arc<ScopeIndex>>>,
+    partition: Partition,
+    /// By shard number, whether its frames are for us.
+    owned: RwLock<Vec<bool>>,
+    /// The owned shards of each scope that anybody has published in.
+    scopes: RwLock<BTreeMap<PartId, Arc<ScopeIndex>>>,
     budget: Budget,
-    /// Sources whose publishers may have to be asked, each once, in the order of their turns.
-    troubled: Mutex<VecDeque<(Scope, SourceId)>>,
+    /// Sources whose publishers may have to be asked, each once and shard, in the order of their turns.
+    troubled: Mutex<VecDeque<(PartId, SourceId)>>,
     permits: Permits,
     next_request: AtomicU64,
 }
@@ -89,9 +97,19 @@ impl Default for IndexLimits {
 // === impl Index ===
 
 impl Index {
-    /// An empty index. `seed` must be the publishers' one: with another one, no prompt given as token ids matches.
+    /// An empty index of the whole key space. `seed` must be the publishers' one: with another one, no prompt given as token
+    /// ids matches.
     pub fn new(limits: IndexLimits, seed: KeySeed) -> Self {
+        let index = Self::cut(limits, seed, Partition::WHOLE);
+        index.own(&[ShardId::WHOLE]);
+        index
+    }
+
+    /// An empty index of a key space that is cut, which owns none of its shards yet ([`Self::own`]).
+    pub fn cut(limits: IndexLimits, seed: KeySeed, partition: Partition) -> Self {
         Self {
+            partition,
+            owned: RwLock::new(vec![false; usize::from(partition.shards())]),
             limits,
             hasher: KeyHasher::new(seed),
             scopes: RwLock::default(),
@@ -102,18 +120,53 @@ impl Index {
         }
     }
 
+    /// How the key space is cut.
+    pub fn partition(&self) -> Partition {
+        self.partition
+    }
+
+    /// How tokens become keys.
+    pub fn hasher(&self) -> &KeyHasher {
+        &self.hasher
+    }
+
+    /// Owns exactly these shards from now on. What is known of others is dropped, and their frames are refused.
+    pub fn own(&self, shards: &[ShardId]) {
+        let mut owned = self.owned.write();
+        owned.fill(false);
+        for shard in shards.iter().filter(|shard| shard.of() == self.partition.shards()) {
+            owned[usize::from(shard.number())] = true;
+        }
+        let mut dropped = Vec::new();
+        self.scopes.write().retain(|(_, shard), part| {
+            let keep = owned[usize::from(shard.number())];
+            if !keep {
+                dropped.push(Arc::clone(part));
+            }
+            keep
+        });
+        drop(owned);
+        dropped.iter().for_each(|part| part.empty(&self.budget));
+    }
+
+    /// Whether a shard is ours.
+    pub fn owns(&self, shard: ShardId) -> bool {
+        shard.of() == self.partition.shards()
+            && self.owned.read().get(usize::from(shard.number())).copied().unwrap_or(false)
+    }
+
     /// Applies a frame from the source's event subject, or says why not. `bytes` is what `frame` was parsed from: it may
     /// have to wait for frames before it.
     pub fn apply(&self, frame: &FrameView<'_>, bytes: &Bytes, now_ms: u64) -> Result<Applied, LimitReached> {
         let header = frame.header();
-        let scope = self.find_or_add_scope(&header.scope)?;
+        let scope = self.find_or_add_part(&header.scope, header.shard)?;
         let bound = self.limits.sources_per_scope;
         let Some(applied) = scope.apply(frame, bytes, now_ms, bound, &self.budget) else {
             let (scope, source_id) = (header.scope.clone(), header.source.clone());
             return Err(LimitReached::Sources { scope, source_id, bound });
         };
         if matches!(applied.verdict, Some(Verdict::NewEpoch | Verdict::NewEpochHidden)) {
-            self.leave_other_scopes(&header.source, &header.scope);
+            self.leave_other_scopes(&header.source, &header.scope, header.shard);
         }
         self.note(header, &applied);
         Ok(applied)
@@ -125,7 +178,7 @@ impl Index {
         if matches!(header.part, FramePart::Live | FramePart::Start) {
             return self.apply(frame, bytes, now_ms).ok();
         }
-        let scope = self.scopes.read().get(&header.scope).cloned()?;
+        let scope = self.scopes.read().get(&(header.scope.clone(), header.shard)).cloned()?;
         let applied = scope.take_answer(frame, bytes, now_ms, &self.budget)?;
         self.note(header, &applied);
         Some(applied)
@@ -133,7 +186,8 @@ impl Index {
 
     fn note(&self, header: &FrameHeader, applied: &Applied) {
         if applied.enqueue {
-            self.troubled.lock().push_back((header.scope.clone(), header.source.clone()));
+            let part = (header.scope.clone(), header.shard);
+            self.troubled.lock().push_back((part, header.source.clone()));
         }
     }
 
@@ -142,13 +196,13 @@ impl Index {
         let mut requests = Vec::new();
         let turns = self.troubled.lock().len().min(SOURCES_PER_POLL);
         for _ in 0..turns {
-            let Some((scope, source)) = self.troubled.lock().pop_front() else { break };
-            let Some(index) = self.scopes.read().get(&scope).cloned() else { continue };
+            let Some((part, source)) = self.troubled.lock().pop_front() else { break };
+            let Some(index) = self.scopes.read().get(&part).cloned() else { continue };
             let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
             let looked = index.look_after(&source, now_ms, &self.budget, &self.permits, id);
             requests.extend(looked.request.map(|request| (source.clone(), request)));
             if looked.again {
-                self.troubled.lock().push_back((scope, source));
+                self.troubled.lock().push_back((part, source));
             }
         }
         requests
@@ -161,90 +215,60 @@ impl Index {
 
     /// A source publishes in one scope at a time: an engine that was restarted with another model, tenant or block size
     /// holds nothing of the old one.
-    fn leave_other_scopes(&self, source: &SourceId, scope: &Scope) {
+    fn leave_other_scopes(&self, source: &SourceId, scope: &Scope, shard: ShardId) {
         let others: Vec<_> = {
             let scopes = self.scopes.read();
-            scopes.iter().filter(|(other, _)| *other != scope).map(|(_, index)| Arc::clone(index)).collect()
+            let others = scopes.iter().filter(|((other, of), _)| other != scope && *of == shard);
+            others.map(|(_, index)| Arc::clone(index)).collect()
         };
         for other in others {
             other.on_moved_away(source);
         }
     }
 
-    fn find_or_add_scope(&self, scope: &Scope) -> Result<Arc<ScopeIndex>, LimitReached> {
-        if let Some(found) = self.scopes.read().get(scope) {
+    fn find_or_add_part(&self, scope: &Scope, shard: ShardId) -> Result<Arc<ScopeIndex>, LimitReached> {
+        let id = (scope.clone(), shard);
+        if let Some(found) = self.scopes.read().get(&id) {
             return Ok(Arc::clone(found));
         }
+        // Held until the part is there: a shard that is given up meanwhile would else come back.
+        let owned = self.owned.read();
+        let ours = shard.of() == self.partition.shards();
+        if !ours || !owned.get(usize::from(shard.number())).copied().unwrap_or(false) {
+            return Err(LimitReached::Shard { scope: id.0, shard });
+        }
         let mut scopes = self.scopes.write();
-        if scopes.len() >= self.limits.scopes && !scopes.contains_key(scope) {
+        if scopes.len() >= self.limits.scopes && !scopes.contains_key(&id) {
             let unused = scopes.iter().find(|(_, index)| index.state.read().is_empty());
             let unused = unused.map(|(unused, _)| unused.clone());
             let Some(unused) = unused else {
-                return Err(LimitReached::Scopes { scope: scope.clone(), bound: self.limits.scopes });
+                return Err(LimitReached::Scopes { scope: id.0, bound: self.limits.scopes });
             };
             // A frame that is on its way into it is lost; its source then has a gap and is asked for everything.
             scopes.remove(&unused);
         }
-        Ok(Arc::clone(scopes.entry(scope.clone()).or_default()))
+        let added = scopes.entry(id).or_insert_with(|| Arc::new(ScopeIndex::new(shard)));
+        Ok(Arc::clone(added))
     }
 
     /// Ends leases and drops what has been gone for long. To be called about once a second.
     pub fn tick(&self, now_ms: u64) -> Vec<Expired> {
         let mut expired = Vec::new();
-        for (scope, index) in self.scopes_where(|_| true) {
+        for ((scope, shard), index) in self.parts_where(|_| true) {
             for (source, expiry) in index.tick(now_ms, &self.budget) {
-                expired.push(Expired { scope: scope.clone(), source, expiry });
+                expired.push(Expired { scope: scope.clone(), shard, source, expiry });
             }
         }
         expired
     }
 
-    /// Who holds how much of a prompt.
-    pub fn score(&self, query: &ScoreQuery<'_>) -> Result<ScoreAnswer, BlockSizeMismatch> {
-        let of_model = self.scopes_of(query.model, query.tenant);
-        let (asked, others): (Vec<_>, Vec<_>) = of_model
-            .iter()
-            .partition(|(scope, _)| query.block_size.is_none_or(|size| scope.block_size() == size));
-        if let Some(asked_size) = query.block_size {
-            refuse_unused_size(query.model, asked_size, &asked, &others)?;
-        }
-        let candidates: BTreeSet<&str> = query.candidates.iter().map(String::as_str).collect();
-        // A name that is not even valid was never in an event; it stays among the unknown below.
-        let instances: Vec<InstanceId> =
-            candidates.iter().filter_map(|name| InstanceId::new(*name).ok()).collect();
-        let mut rows = Vec::new();
-        // With candidates of which none is valid there is nothing to look up; an empty list would ask for everybody.
-        if candidates.is_empty() || !instances.is_empty() {
-            for (scope, index) in &asked {
-                let size = scope.block_size();
-                let variants: Vec<_> = index.state.read().variants().collect();
-                let chains = query.input.chains(&self.hasher, size, &variants);
-                index.state.read().score(query, &instances, size, &chains, &mut rows);
-            }
-        }
-        add_unmatched(&candidates, &others, &mut rows);
-        let sizes = || rows.iter().map(|row| row.block_size).filter(|size| *size > 0);
-        let smallest = sizes().min().or_else(|| asked.iter().map(|(scope, _)| scope.block_size()).min());
-        let prompt_blocks = smallest.or(query.block_size).map_or(0, |size| query.input.blocks(size));
-        rows.sort_by(|a, b| {
-            b.score
-                .total_cmp(&a.score)
-                .then_with(|| a.instance.cmp(&b.instance))
-                .then_with(|| (a.rank, a.block_size).cmp(&(b.rank, b.block_size)))
-        });
-        rows.truncate(query.limit.unwrap_or(usize::MAX));
-        Ok(ScoreAnswer { rows, scope_known: !of_model.is_empty(), prompt_blocks })
-    }
-
     /// Sources by model, tenant, block size, instance and rank.
     pub fn sources(&self, filter: &OwnerFilter, now_ms: u64) -> Vec<SourceInfo> {
         let mut out = Vec::new();
-        for (scope, index) in self.scopes_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
-                let mut owners: Vec<OwnerInfo> =
-                    source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
-                owners.sort_by(|a, b| (&a.tier, &a.medium, a.group).cmp(&(&b.tier, &b.medium, b.group)));
+                let owners = source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
                 out.push(SourceInfo {
                     scope: scope.clone(),
                     source: source.id.clone(),
@@ -257,59 +281,85 @@ impl Index {
                 });
             }
         }
-        out
+        views::merge_sources(out)
     }
 
     /// The owners that a dump would go through, in the order of [`Self::sources`].
     pub fn dump(&self, filter: &OwnerFilter) -> Vec<DumpOwner> {
-        let mut out = Vec::new();
-        for (scope, index) in self.scopes_where(|scope| filter.admits_scope(scope)) {
+        let mut found = BTreeMap::new();
+        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
-                let mut owners: Vec<(OwnerNo, &OwnerEntry)> =
-                    source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))).collect();
-                owners.sort_by(|(_, a), (_, b)| {
-                    (&a.tier, &a.medium, a.group).cmp(&(&b.tier, &b.medium, b.group))
-                });
-                out.extend(owners.into_iter().map(|(no, entry)| DumpOwner {
-                    scope: scope.clone(),
-                    owner: owner_ref(&source.id, entry),
-                    index: Arc::clone(&index),
-                    no,
-                }));
+                for (no, entry) in source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))) {
+                    let order =
+                        (source.id.clone(), entry.tier.clone(), Arc::clone(&entry.medium), entry.group);
+                    let owner = found.entry((scope.clone(), order)).or_insert_with(|| DumpOwner {
+                        scope: scope.clone(),
+                        owner: owner_ref(&source.id, entry),
+                        parts: Vec::new(),
+                    });
+                    owner.parts.push((Arc::clone(&index), no));
+                }
             }
         }
-        out
+        found.into_values().collect()
     }
 
     /// The owner's keys now, ascending; empty if it is not there any more. Copies and sorts them all.
     pub fn keys_of(&self, owner: &DumpOwner) -> Vec<u64> {
-        let mut keys: Vec<u64> = {
-            let state = owner.index.state.read();
+        let mut keys = Vec::new();
+        for (index, no) in &owner.parts {
+            let state = index.state.read();
             // Its number may belong to somebody else by now.
-            let same = state.owner(owner.no).is_some_and(|entry| {
+            let same = state.owner(*no).is_some_and(|entry| {
                 state.source(entry.source).is_some_and(|source| owner_ref(&source.id, entry) == owner.owner)
             });
-            if same { state.keys_of(owner.no).into_iter().map(|key| key.0).collect() } else { Vec::new() }
-        };
+            if same {
+                keys.extend(state.keys_of(*no).into_iter().map(|key| key.0));
+            }
+        }
         keys.sort_unstable();
         keys
     }
 
     /// True while a publisher is known to live whose state is not known here yet.
     pub fn is_finding_out(&self, now_ms: u64) -> bool {
-        self.scopes_where(|_| true).iter().any(|(_, index)| {
+        let owned = self.owned.read();
+        let ours = self.partition.all().filter(|shard| owned[usize::from(shard.number())]);
+        let shards: Vec<_> = ours.collect();
+        drop(owned);
+        self.is_finding_out_of(&shards, now_ms)
+    }
+
+    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them.
+    pub fn is_finding_out_of(&self, shards: &[ShardId], now_ms: u64) -> bool {
+        let mut living: BTreeMap<Scope, BTreeSet<SourceId>> = BTreeMap::new();
+        for ((scope, _), index) in self.parts_where(|_| true) {
             let state = index.state.read();
-            state.sources().any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
+            let known = state
+                .sources()
+                .filter(|(_, source)| source.tracker.counts() || source.tracker.needs_help(now_ms));
+            living.entry(scope).or_default().extend(known.map(|(_, source)| source.id.clone()));
+        }
+        living.iter().any(|(scope, sources)| {
+            shards.iter().any(|shard| {
+                let Some(part) = self.part(scope, *shard) else { return !sources.is_empty() };
+                let state = part.state.read();
+                let known: BTreeSet<&SourceId> = state.sources().map(|(_, source)| &source.id).collect();
+                sources.iter().any(|id| !known.contains(id))
+                    || state
+                        .sources()
+                        .any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
+            })
         })
     }
 
     /// Writes down what is held. Sources change while others are written; each is written as it is at one moment.
     pub fn write_checkpoint<W: Write + Seek>(&self, out: W) -> io::Result<(W, CheckpointSize)> {
         let mut writer = CheckpointWriter::new(out)?;
-        for (scope, index) in self.scopes_where(|_| true) {
+        for (part, index) in self.parts_where(|_| true) {
             for source in index.source_ids() {
-                if let Some(saved) = index.save(&scope, &source, self.hasher.root()) {
+                if let Some(saved) = index.save(&part, &source, self.hasher.root()) {
                     writer.add(&saved)?;
                 }
             }
@@ -322,7 +372,7 @@ impl Index {
     pub fn restore(&self, checkpoint: &[u8], now_ms: u64) -> Result<CheckpointSize, ReadCheckpointError> {
         let mut size = CheckpointSize { bytes: checkpoint.len() as u64, ..CheckpointSize::default() };
         for saved in checkpoint::read(checkpoint)? {
-            let Ok(scope) = self.find_or_add_scope(&saved.scope) else { continue };
+            let Ok(scope) = self.find_or_add_part(&saved.scope, saved.shard) else { continue };
             let bound = self.limits.sources_per_scope;
             if let Some(blocks) = scope.restore(&saved, now_ms, bound, &self.budget) {
                 size.sources += 1;
@@ -340,17 +390,24 @@ impl Index {
             blocks: self.budget.entries(),
             ..IndexTotals::default()
         };
-        for (_, index) in self.scopes_where(|_| true) {
+        let mut states: BTreeMap<(Scope, SourceId), SourceState> = BTreeMap::new();
+        let mut scopes = BTreeSet::new();
+        for ((scope, _), index) in self.parts_where(|_| true) {
             let state = index.state.read();
-            totals.scopes += 1;
             totals.distinct_blocks += state.engine.write().distinct();
             for (_, source) in state.sources() {
-                *totals.sources.entry(source.tracker.state()).or_default() += 1;
+                let (id, now) = ((scope.clone(), source.id.clone()), source.tracker.state());
+                states.entry(id).and_modify(|all| *all = all.worse(now)).or_insert(now);
                 if source.tracker.counts() {
                     let age = source.tracker.verified_ms().map(|at| now_ms.saturating_sub(at));
                     totals.verified_age_ms = totals.verified_age_ms.zip(age).map(|(a, b)| a.max(b));
                 }
             }
+            scopes.insert(scope);
+        }
+        totals.scopes = scopes.len();
+        for state in states.into_values() {
+            *totals.sources.entry(state).or_default() += 1;
         }
         totals
     }
@@ -359,9 +416,9 @@ impl Index {
     /// no frame is being applied.
     pub fn check(&self) -> Result<(), String> {
         let mut entries = 0;
-        for (scope, index) in self.scopes_where(|_| true) {
+        for ((scope, shard), index) in self.parts_where(|_| true) {
             let state = index.state.read();
-            state.check().map_err(|problem| format!("scope {scope}: {problem}"))?;
+            state.check().map_err(|problem| format!("scope {scope}, shard {shard}: {problem}"))?;
             entries += state.engine.write().entries();
         }
         if entries != self.budget.entries() {
@@ -370,71 +427,32 @@ impl Index {
         Ok(())
     }
 
-    fn scopes_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(Scope, Arc<ScopeIndex>)> {
+    pub(crate) fn parts_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
         let scopes = self.scopes.read();
-        scopes
-            .iter()
-            .filter(|(scope, _)| admit(scope))
-            .map(|(scope, index)| (scope.clone(), Arc::clone(index)))
-            .collect()
+        let admitted = scopes.iter().filter(|((scope, _), _)| admit(scope));
+        admitted.map(|(id, index)| (id.clone(), Arc::clone(index))).collect()
     }
 
-    /// The scopes of one model and tenant, smallest block size first.
-    fn scopes_of(&self, model: &str, tenant: &str) -> Vec<(Scope, Arc<ScopeIndex>)> {
+    /// The shards of one scope of which anything is known.
+    pub(crate) fn part(&self, scope: &Scope, shard: ShardId) -> Option<Arc<ScopeIndex>> {
+        self.scopes.read().get(&(scope.clone(), shard)).cloned()
+    }
+
+    /// The scopes of one model and tenant with what is known of each, smallest block size first.
+    pub(crate) fn scopes_of(&self, model: &str, tenant: &str) -> Vec<(Scope, Vec<Arc<ScopeIndex>>)> {
         let end = |size| Scope::new(model, tenant, size, KEY_VERSION);
         // Scopes are ordered by model, tenant and then size. A name that no scope can have has no scopes.
         let (Ok(first), Ok(last)) = (end(1), end(MAX_BLOCK_SIZE)) else { return Vec::new() };
+        let last_shard = self.partition.shard(u16::MAX);
         let scopes = self.scopes.read();
-        scopes.range(first..=last).map(|(scope, index)| (scope.clone(), Arc::clone(index))).collect()
-    }
-}
-
-type Scopes<'a> = [&'a (Scope, Arc<ScopeIndex>)];
-
-/// Engines count, not memories of engines: a scope without sources refuses nobody.
-fn refuse_unused_size(
-    model: &str,
-    asked_size: u32,
-    asked: &Scopes<'_>,
-    others: &Scopes<'_>,
-) -> Result<(), BlockSizeMismatch> {
-    let used = |(_, index): &&(Scope, Arc<ScopeIndex>)| !index.state.read().is_empty();
-    let in_use: Vec<u32> = others.iter().copied().filter(used).map(|(scope, _)| scope.block_size()).collect();
-    if in_use.is_empty() || asked.iter().copied().any(|scope| used(&scope)) {
-        return Ok(());
-    }
-    Err(BlockSizeMismatch { model: model.to_owned(), asked: asked_size, in_use })
-}
-
-/// Rows for candidates without one: known only at another block size, or not at all.
-fn add_unmatched(candidates: &BTreeSet<&str>, others: &Scopes<'_>, rows: &mut Vec<ScoreRow>) {
-    if candidates.is_empty() {
-        return;
-    }
-    let answered: BTreeSet<String> = rows.iter().map(|row| row.instance.clone()).collect();
-    for name in candidates.iter().filter(|name| !answered.contains(**name)) {
-        let before = rows.len();
-        let empty = |rank, tracker: Option<&SourceTracker>, block_size| ScoreRow {
-            instance: (*name).to_owned(),
-            rank,
-            state: tracker.map(SourceTracker::state),
-            verified_ms: tracker.and_then(SourceTracker::verified_ms),
-            block_size,
-            score: 0.0,
-            matched: SourceMatch::default(),
-        };
-        if let Ok(instance) = InstanceId::new(*name) {
-            for (scope, index) in others {
-                let state = index.state.read();
-                let known = state.ranks_of(&instance).filter_map(|no| state.source(no));
-                rows.extend(
-                    known.map(|source| empty(source.id.rank.0, Some(&source.tracker), scope.block_size())),
-                );
+        let mut found: Vec<(Scope, Vec<Arc<ScopeIndex>>)> = Vec::new();
+        for ((scope, _), index) in scopes.range((first, self.partition.shard(0))..=(last, last_shard)) {
+            match found.last_mut().filter(|(same, _)| same == scope) {
+                Some((_, parts)) => parts.push(Arc::clone(index)),
+                None => found.push((scope.clone(), vec![Arc::clone(index)])),
             }
         }
-        if rows.len() == before {
-            rows.push(empty(0, None, 0));
-        }
+        found
     }
 }
 

@@ -10,7 +10,7 @@ use super::*;
 use crate::frames::{Op, Publisher, owner};
 use crate::matching::TierWeights;
 use crate::naive::{NaiveGroup, longest_prefix};
-use crate::query::PromptInput;
+use crate::query::{PromptInput, ScoreQuery};
 use crate::sources::{DegradedReason, Expiry, FORGET_MS, LEASE_MS, STALE_MS, SourceState};
 
 fn index() -> Index {
@@ -494,7 +494,13 @@ fn a_suffix_counts_its_base_as_held_by_whoever_holds_the_base_key() {
         &[Op::Stored(0, vec![1, 2]), Op::StoredAfter(0, 3, vec![4])],
     );
     let suffix = |base_key, keys: &'static [u64]| ScoreQuery {
-        input: PromptInput::Suffix { base_key, base_blocks: 3, keys, prompt_tokens: Some(90) },
+        input: PromptInput::Suffix {
+            base_key,
+            base_blocks: 3,
+            keys,
+            base_segment: None,
+            prompt_tokens: Some(90),
+        },
         ..by_keys("m", &[])
     };
     assert_eq!(depths(&index, &suffix(3, &[4, 5])), [("a:1".to_owned(), 0, 4)]);

@@ -3,16 +3,19 @@
 //! Nothing here can be kept waiting by one source: a bad frame is dropped and counted, a question that cannot be sent
 //! is dropped and counted and asked again.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::{BoxStream, SelectAll};
 use kvatlas_bus::{Bus, BusMessage, Subscription};
-use kvatlas_proto::SourceId;
 use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView, ParseFrameError};
 use kvatlas_proto::request::{Request, Want};
 use kvatlas_proto::sealed::OpenError;
-use kvatlas_proto::subject::{Asker, Shard, Subject, Subjects};
+use kvatlas_proto::subject::{Asker, Subject, Subjects};
+use kvatlas_proto::{Partition, ShardId, SourceId};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::MissedTickBehavior;
@@ -30,6 +33,8 @@ const FRAMES_PER_TURN: usize = 32;
 const ANSWERS_BEFORE_ASKING: usize = 1_024;
 /// Questions that wait to be sent. At the bound a question is dropped, and asked again after its wait.
 pub(crate) const REQUEST_QUEUE: usize = 1_024;
+/// Changes of what is ours that wait; each is a step of a change of servers.
+pub(crate) const OWNED_QUEUE: usize = 8;
 /// Time between two looks at sources that may have to be asked, while there are any.
 const POLL: Duration = Duration::from_millis(10);
 /// Time between two looks at the leases. Leases are tens of seconds, so a second late is nothing.
@@ -43,6 +48,26 @@ pub(crate) struct Ingest {
     pub(crate) clock: Clock,
     pub(crate) requests: mpsc::Sender<(SourceId, Request)>,
     pub(crate) log: IngestLog,
+}
+
+/// What is to be taken in from now on.
+pub(crate) struct Owned {
+    /// All shards that are ours.
+    pub(crate) shards: Vec<ShardId>,
+    /// The events of those that were not ours before.
+    pub(crate) subscriptions: Vec<TaggedSubscription>,
+}
+
+/// The events of one shard.
+pub(crate) struct TaggedSubscription {
+    pub(crate) shard: ShardId,
+    pub(crate) events: Subscription,
+}
+
+/// The events of all shards that are ours, as they come.
+struct Events {
+    streams: SelectAll<BoxStream<'static, BusMessage>>,
+    ends: HashMap<ShardId, CancellationToken>,
 }
 
 /// Where frames come from.
@@ -70,10 +95,15 @@ enum BadFrameError {
     Frame(#[from] ParseFrameError),
     #[error("subject is not an event subject of this deployment")]
     Subject,
-    #[error("subject names another source or scope than the frame, which is of {source_id} in scope {scope}")]
+    #[error(
+        "subject names another source, shard or scope than the frame, which is of {source_id} in scope {scope}"
+    )]
     Mismatch { source_id: SourceId, scope: String },
-    #[error("frame is of a part of its scope; this server takes in whole scopes only")]
-    Sharded,
+    #[error(
+        "its publisher cuts the key space into {theirs} shards and this server into {ours}: give all shims and servers of a \
+         deployment the same --shards"
+    )]
+    Partition { theirs: u16, ours: u16 },
     #[error("an answer to a question came as an event")]
     Unasked,
 }
@@ -81,13 +111,14 @@ enum BadFrameError {
 // === impl Ingest ===
 
 impl Ingest {
-    /// Reads until the bus is closed for good (false) or `stop` (true).
+    /// Reads until the bus is closed for good (false) or `stop` (true). `owned` says what is ours, each time that changes.
     pub(crate) async fn run(
         mut self,
-        mut events: Subscription,
+        mut owned: mpsc::Receiver<Owned>,
         mut replies: Subscription,
         stop: CancellationToken,
     ) -> bool {
+        let mut events = Events { streams: SelectAll::new(), ends: HashMap::new() };
         let mut turn = 0;
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -97,12 +128,17 @@ impl Ingest {
             let next = async {
                 tokio::select! {
                     message = replies.recv() => (Origin::Replies, message),
-                    message = events.recv() => (Origin::Events, message),
+                    message = events.streams.next(), if !events.streams.is_empty() => (Origin::Events, message),
                 }
             };
             let next = tokio::select! {
                 biased;
                 () = stop.cancelled() => return true,
+                Some(owned) = owned.recv() => {
+                    self.index.own(&owned.shards);
+                    events.own(owned);
+                    continue;
+                }
                 _ = poll.tick(), if troubled => None,
                 next = next => Some(next),
             };
@@ -115,7 +151,13 @@ impl Ingest {
                 self.ask();
                 continue;
             };
-            let Some(message) = message else { return false };
+            let Some(message) = message else {
+                // Without shards there are no events; with some, they end with the bus only.
+                if origin == Origin::Events && events.ends.is_empty() {
+                    continue;
+                }
+                return false;
+            };
             self.take(&message, origin);
             // A question that is due at once is not kept waiting for the next look.
             if !troubled && self.index.is_troubled() {
@@ -131,7 +173,7 @@ impl Ingest {
 
     fn take(&mut self, message: &BusMessage, origin: Origin) {
         let now_ms = self.clock.now_ms();
-        let frame = match parse(&self.subjects, message, origin) {
+        let frame = match parse(&self.subjects, self.index.partition(), message, origin) {
             Ok(frame) => frame,
             Err(error) => {
                 // A frame that was damaged is asked for once the next one shows the gap.
@@ -156,6 +198,8 @@ impl Ingest {
                 let reason = match refused {
                     LimitReached::Scopes { .. } => "scopes",
                     LimitReached::Sources { .. } => "sources",
+                    // What was on its way when the shard was given up.
+                    LimitReached::Shard { .. } => "not_owned",
                 };
                 self.metrics.frames_refused.get_or_create(&ReasonLabel { reason }).inc();
                 if let Some(withheld) = self.log.refused.admit(now_ms) {
@@ -213,15 +257,16 @@ impl Ingest {
 
 fn parse<'a>(
     subjects: &Subjects,
+    partition: Partition,
     message: &'a BusMessage,
     origin: Origin,
 ) -> Result<FrameView<'a>, BadFrameError> {
-    let (scope, source) = match (subjects.parse(&message.subject), origin) {
-        // A part has a sequence of its own: mixing parts would look like loss.
-        (Ok(Subject::Events { shard: Shard::Virtual(_), .. }), Origin::Events) => {
-            return Err(BadFrameError::Sharded);
+    let (place, source) = match (subjects.parse(&message.subject), origin) {
+        // Each shard has a sequence of its own: mixing them would look like loss.
+        (Ok(Subject::Events { shard, .. }), Origin::Events) if shard.of() != partition.shards() => {
+            return Err(BadFrameError::Partition { theirs: shard.of(), ours: partition.shards() });
         }
-        (Ok(Subject::Events { scope, source, .. }), Origin::Events) => (Some(scope), source),
+        (Ok(Subject::Events { scope, shard, source }), Origin::Events) => (Some((scope, shard)), source),
         (Ok(Subject::Reply { source, .. }), Origin::Replies) => (None, source),
         _ => return Err(BadFrameError::Subject),
     };
@@ -232,11 +277,30 @@ fn parse<'a>(
         return Err(BadFrameError::Unasked);
     }
     // Whoever may publish on one subject only must not be able to speak for another source or tenant.
-    if header.source != source || scope.is_some_and(|scope| header.scope.token() != scope) {
+    if header.source != source || place.is_some_and(|place| (header.scope.token(), header.shard) != place) {
         let (source_id, scope) = (header.source.clone(), header.scope.to_string());
         return Err(BadFrameError::Mismatch { source_id, scope });
     }
     Ok(frame)
+}
+
+// === impl Events ===
+
+impl Events {
+    fn own(&mut self, owned: Owned) {
+        self.ends.retain(|shard, end| {
+            let keep = owned.shards.contains(shard);
+            if !keep {
+                end.cancel();
+            }
+            keep
+        });
+        for TaggedSubscription { shard, events } in owned.subscriptions {
+            let end = CancellationToken::new();
+            self.streams.push(events.take_until(end.clone().cancelled_owned()).boxed());
+            self.ends.insert(shard, end);
+        }
+    }
 }
 
 // === impl BadFrameError ===
@@ -247,7 +311,7 @@ impl BadFrameError {
         match self {
             Self::Subject => "subject",
             Self::Mismatch { .. } => "subject_mismatch",
-            Self::Sharded => "sharded",
+            Self::Partition { .. } => "partition",
             Self::Unasked => "unasked",
             Self::Frame(error) => match error {
                 ParseFrameError::Size(_) | ParseFrameError::Sealed(OpenError::Size { .. }) => "size",

@@ -17,6 +17,7 @@ mod changes;
 mod checkpoint;
 mod checkpoint_file;
 mod clock;
+mod cluster;
 pub mod engine;
 mod held;
 mod http;
@@ -46,6 +47,7 @@ mod frames;
 pub use bits::Bits;
 pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
 pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
+pub use cluster::{ClusterConfig, SHARD_TIMEOUT};
 pub use held::{HELD_BYTES, HELD_FRAMES, RecoveryLimits};
 pub use http::{HttpServer, ListenError};
 pub use index::{

@@ -193,7 +193,8 @@ impl SourceMatch {
         }
         let worth: f64 =
             self.tiers.iter().map(|tier| f64::from(tier.best_blocks) * weights.of(tier.tier.tier())).sum();
-        worth / f64::from(prompt_blocks)
+        // The sum of nothing is minus zero.
+        (worth + 0.0) / f64::from(prompt_blocks)
     }
 }
 

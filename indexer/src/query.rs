@@ -60,6 +60,8 @@ pub enum PromptInput<'a> {
         base_blocks: u32,
         /// The blocks that follow.
         keys: &'a [u64],
+        /// Key at which the base's segment begins, where the caller knows it: says in which shard the base lies.
+        base_segment: Option<u64>,
         /// Length of the prompt, where it is known.
         prompt_tokens: Option<u32>,
     },
@@ -99,9 +101,9 @@ pub struct ScoreRow {
 /// The keys of a prompt at one block size, in the shape of one variant.
 pub(crate) struct Chain {
     /// Which sources it fits; `None` fits all.
-    variant: Option<KeyVariant>,
-    base: Option<(BlockKey, u32)>,
-    keys: Vec<BlockKey>,
+    pub(crate) variant: Option<KeyVariant>,
+    pub(crate) base: Option<(BlockKey, u32)>,
+    pub(crate) keys: Vec<BlockKey>,
 }
 
 /// Blocks of one chain by owner.
@@ -113,7 +115,7 @@ struct Presence {
 
 thread_local! {
     /// What a walk needs, kept from one query to the next so that nothing is allocated.
-    static MATCH: RefCell<Match> = RefCell::default();
+    pub(crate) static MATCH: RefCell<Match> = RefCell::default();
 }
 
 const SKIPPED: u32 = u32::MAX;
@@ -131,6 +133,14 @@ impl PromptInput<'_> {
         }
     }
 
+    /// The key that says where a suffix's base lies, if it is known.
+    pub(crate) fn base_segment(&self) -> Option<BlockKey> {
+        match self {
+            Self::Suffix { base_segment, .. } => base_segment.map(BlockKey),
+            Self::Tokens { .. } | Self::Keys { .. } => None,
+        }
+    }
+
     /// Length of the prompt, where it is known.
     pub(crate) fn tokens(&self) -> Option<u64> {
         match self {
@@ -143,7 +153,7 @@ impl PromptInput<'_> {
 
     /// The shape of keys that sources of `variant` use for this prompt. Without multimodal items, offsets of them make
     /// no difference.
-    fn effective(&self, variant: KeyVariant) -> KeyVariant {
+    pub(crate) fn effective(&self, variant: KeyVariant) -> KeyVariant {
         match self {
             Self::Tokens { extras, .. } if extras.multimodal.is_empty() => {
                 KeyVariant { multimodal_offsets: true, ..variant }
@@ -179,7 +189,7 @@ impl PromptInput<'_> {
 // === impl Chain ===
 
 impl Chain {
-    fn blocks(&self) -> u32 {
+    pub(crate) fn blocks(&self) -> u32 {
         self.base.map_or(0, |(_, blocks)| blocks) + self.keys.len() as u32
     }
 }

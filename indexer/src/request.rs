@@ -219,7 +219,8 @@ fn prompt_input(prompt: &pb::Prompt, block_size: Option<u32>) -> Result<PromptIn
             }
             let prompt_tokens = prompt_tokens(prompt, block_size, blocks as u32)?;
             let (base_key, base_blocks) = (suffix.base_key, suffix.base_blocks);
-            Ok(PromptInput::Suffix { base_key, base_blocks, keys, prompt_tokens })
+            let base_segment = suffix.base_segment_key;
+            Ok(PromptInput::Suffix { base_key, base_blocks, keys, base_segment, prompt_tokens })
         }
     }
 }
@@ -299,7 +300,12 @@ mod tests {
     }
 
     fn suffix(base_blocks: u32, count: usize) -> pb::prompt::Input {
-        pb::prompt::Input::Suffix(pb::Suffix { base_key: 7, base_blocks, keys: vec![1; count] })
+        pb::prompt::Input::Suffix(pb::Suffix {
+            base_key: 7,
+            base_blocks,
+            keys: vec![1; count],
+            base_segment_key: None,
+        })
     }
 
     fn refused(

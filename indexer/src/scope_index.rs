@@ -10,7 +10,7 @@
 //! * a state that was transferred changes in place, key by key: of a source that counts, each key is either as it was or as
 //!   it should be, and the source says that it is degraded; a source that is not proved does not count at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use kvatlas_proto::frame::{FrameHeader, FrameOwner, FrameView, MAX_FRAME_OWNERS};
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{Request, RequestId, Want};
-use kvatlas_proto::{BlockKey, CacheGroup, Digest, GroupKind, SourceId};
+use kvatlas_proto::{BlockKey, CacheGroup, Digest, GroupKind, ShardId, SourceId};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 use crate::changes::{Retired, SourceChange, buckets_of, purge};
@@ -44,9 +44,11 @@ pub(crate) struct Budget {
     owners: AtomicUsize,
 }
 
-/// A scope with its locks.
-#[derive(Debug, Default)]
+/// One shard of a scope (the whole of it, where the key space is not cut) with its locks.
+#[derive(Debug)]
 pub(crate) struct ScopeIndex {
+    /// Which part of the scope this is.
+    pub(crate) shard: ShardId,
     /// Taken before `state` by everything that changes it, and held while `state` is let go in between.
     writer: Mutex<()>,
     pub(crate) state: RwLock<ScopeState>,
@@ -67,6 +69,8 @@ pub(crate) struct ScopeState {
     owners: Slots<OwnerEntry>,
     /// How many sources shape their keys in each way.
     variants: BTreeMap<KeyVariant, usize>,
+    /// Sources that are neither live nor verified.
+    doubtful: BTreeSet<SourceNo>,
     /// Sources that hold blocks in no full group: they may match behind a block that nobody holds.
     without_full: usize,
 }
@@ -181,7 +185,21 @@ impl Applied {
 // === impl ScopeIndex ===
 
 impl ScopeIndex {
-    /// Applies a frame of this scope. `None` if its source is new and there are `max_sources` already.
+    pub(crate) fn new(shard: ShardId) -> Self {
+        Self { shard, writer: Mutex::default(), state: RwLock::default() }
+    }
+
+    /// Forgets everything: the shard is somebody else's now.
+    pub(crate) fn empty(&self, budget: &Budget) {
+        let _writer = self.writer.lock();
+        let mut state = self.state.write();
+        budget.give_back_entries(state.engine.write().entries());
+        let owners = state.sources().map(|(_, source)| source.owners.len()).sum();
+        budget.owners.fetch_sub(owners, Ordering::Relaxed);
+        *state = ScopeState::default();
+    }
+
+    /// Applies a frame of this shard. `None` if its source is new and there are `max_sources` already.
     pub(crate) fn apply(
         &self,
         frame: &FrameView<'_>,
@@ -244,7 +262,7 @@ impl ScopeIndex {
                 want
             }
         };
-        Looked { request: Some(Request { id, epoch, want }), again }
+        Looked { request: Some(Request { id, epoch, shard: self.shard, want }), again }
     }
 
     fn ask_for_state(&self, change: SourceChange<'_>, permits: &Permits, id: RequestId) -> Option<Want> {
@@ -288,6 +306,7 @@ impl ScopeIndex {
                 state.drop_source(no);
                 purge(&mut state, retired);
             }
+            state.note_trust(no);
         }
         expired
     }
@@ -303,6 +322,7 @@ impl ScopeIndex {
             && let Some(entry) = state.sources.get_mut(no.0)
         {
             entry.tracker.on_moved_away();
+            state.note_trust(no);
         }
     }
 }
@@ -338,6 +358,7 @@ impl ScopeState {
         let (id, variant) = (entry.id.clone(), entry.variant);
         let no = SourceNo(self.sources.insert(entry));
         self.ids.insert(id, no);
+        self.note_trust(no);
         *self.variants.entry(variant).or_default() += 1;
         no
     }
@@ -539,6 +560,21 @@ impl ScopeState {
         self.ids.range(first..).take_while(move |(id, _)| id.instance == *instance).map(|(_, no)| *no)
     }
 
+    /// Whom not to rely on, in no particular order.
+    pub(crate) fn doubtful(&self) -> impl Iterator<Item = &SourceEntry> {
+        self.doubtful.iter().filter_map(|no| self.source(*no))
+    }
+
+    /// Keeps [`Self::doubtful`] right after a source may have changed its state.
+    pub(crate) fn note_trust(&mut self, no: SourceNo) {
+        let state = self.source(no).map(|source| source.tracker.state());
+        if state.is_none_or(|state| matches!(state, SourceState::Live | SourceState::Verified)) {
+            self.doubtful.remove(&no);
+        } else {
+            self.doubtful.insert(no);
+        }
+    }
+
     pub(crate) fn source(&self, no: SourceNo) -> Option<&SourceEntry> {
         self.sources.get(no.0)
     }
@@ -584,6 +620,12 @@ impl ScopeState {
         let lacking = self.sources().filter(|(no, _)| self.lacks_full(*no)).count();
         if lacking != self.without_full {
             return Err(format!("{lacking} sources lack a full group, {} counted", self.without_full));
+        }
+        for (no, source) in self.sources() {
+            let relied = matches!(source.tracker.state(), SourceState::Live | SourceState::Verified);
+            if relied == self.doubtful.contains(&no) {
+                return Err(format!("{} is {:?}, and noted otherwise", source.id, source.tracker.state()));
+            }
         }
         let counted: usize = self.variants.values().sum();
         if counted != self.ids.len() {

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use kvatlas_bus::{Bus, SubscribeError};
+use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc::FILE_DESCRIPTOR_SET;
 use kvatlas_proto::grpc::atlas_server::AtlasServer;
 use kvatlas_proto::keys::KeySeed;
@@ -26,9 +27,12 @@ use tonic_health::server::HealthReporter;
 
 use crate::checkpoint_file::{self, CheckpointConfig};
 use crate::clock::Clock;
+use crate::cluster::{self, ClusterConfig};
 use crate::http::{self, HttpState, ListenError, listen};
 use crate::index::{Index, IndexLimits};
-use crate::ingest::{Ingest, IngestLog, REQUEST_QUEUE, end_leases, send_requests};
+use crate::ingest::{
+    Ingest, IngestLog, OWNED_QUEUE, Owned, REQUEST_QUEUE, TaggedSubscription, end_leases, send_requests,
+};
 use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::request::MAX_PROMPT_TOKENS;
@@ -76,6 +80,8 @@ pub struct IndexServerConfig {
     pub discovery: Duration,
     /// Where what is held is written down, for the next start; `None`: nowhere.
     pub checkpoint: Option<CheckpointConfig>,
+    /// Which part of the key space is this server's; `None`: all of it, in one piece.
+    pub cluster: Option<ClusterConfig>,
 }
 
 /// Starts index servers.
@@ -127,6 +133,7 @@ impl IndexServerConfig {
             weights: TierWeights::default(),
             discovery: Duration::ZERO,
             checkpoint: None,
+            cluster: None,
         }
     }
 }
@@ -154,16 +161,26 @@ impl IndexServer {
         let (reflection_v1, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
         let asker = asker();
         let subscribe = async |filter: String| {
-            bus.subscribe(filter.clone()).await.map_err(|source| StartError::Subscribe {
-                filter,
-                bus: bus.describe(),
-                source,
-            })
+            bus.subscribe(filter.clone()).await.map_err(|source| subscribe_error(&bus, filter, source))
         };
-        let events = subscribe(config.subjects.all_events()).await?;
+        let (owned_in, owned) = mpsc::channel(OWNED_QUEUE);
         let replies = subscribe(config.subjects.all_replies(&asker)).await?;
 
-        let index = Arc::new(Index::new(config.limits, config.key_seed));
+        let index = Arc::new(match &config.cluster {
+            None => Index::new(config.limits, config.key_seed),
+            Some(cluster) => {
+                let index = Index::cut(config.limits, config.key_seed, cluster.partition);
+                // A checkpoint is taken in for these.
+                index.own(&cluster.wanted.borrow().shards(cluster.partition));
+                index
+            }
+        });
+        if config.cluster.is_none() {
+            let events = subscribe(config.subjects.all_events()).await?;
+            let whole = TaggedSubscription { shard: ShardId::WHOLE, events };
+            let owned = Owned { shards: vec![ShardId::WHOLE], subscriptions: vec![whole] };
+            owned_in.try_send(owned).expect("nothing was sent before");
+        }
         let metrics = Arc::new(Metrics::default());
         let (clock, stop) = (Clock::start(), CancellationToken::new());
         if let Some(checkpoint) = &config.checkpoint {
@@ -173,8 +190,31 @@ impl IndexServer {
         let (health, health_service) = tonic_health::server::health_reporter();
         let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
         let ready = readiness.ready.subscribe();
-        readiness.set(config.discovery.is_zero()).await;
+        readiness.set(config.discovery.is_zero() && config.cluster.is_none()).await;
         let mut tasks = JoinSet::new();
+        let mut cluster_metrics = None;
+        let coordinator = match &config.cluster {
+            None => None,
+            Some(cluster) => {
+                let shared = cluster::Shared {
+                    index: Arc::clone(&index),
+                    bus: Arc::clone(&bus),
+                    subjects: config.subjects.clone(),
+                    clock,
+                };
+                let shell = cluster::Shell {
+                    ingest: owned_in,
+                    discovery: config.discovery,
+                    ready: readiness.clone(),
+                    stop: stop.clone(),
+                };
+                let started = cluster::start(shared, cluster, asker.clone(), shell, &mut tasks).await;
+                let (coordinator, metrics) =
+                    started.map_err(|(filter, source)| subscribe_error(&bus, filter, source))?;
+                cluster_metrics = Some(metrics);
+                Some(coordinator)
+            }
+        };
 
         let (requests_in, requests) = mpsc::channel(REQUEST_QUEUE);
         let ingest = Ingest {
@@ -189,7 +229,7 @@ impl IndexServer {
         // A thread of its own: a large change keeps it busy for a while, and queries shall not wait for that, nor it for
         // them.
         tasks.spawn_blocking(move || {
-            if runtime.block_on(ingest.run(events, replies, stop_ingest)) {
+            if runtime.block_on(ingest.run(owned, replies, stop_ingest)) {
                 return;
             }
             tracing::error!(
@@ -214,7 +254,7 @@ impl IndexServer {
                 stop.clone(),
             ));
         }
-        if !config.discovery.is_zero() {
+        if !config.discovery.is_zero() && config.cluster.is_none() {
             let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery };
             tasks.spawn(discovery.run(bus, config.subjects, readiness, stop.clone()));
         }
@@ -223,6 +263,7 @@ impl IndexServer {
         let http_addr = http.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = http {
             metrics.register(&mut registry);
+            cluster_metrics.iter().for_each(|metrics| metrics.register(&mut registry));
             let (totals_of, totals_to) = (Arc::clone(&index), Arc::clone(&metrics));
             let state = HttpState {
                 registry: Arc::new(registry),
@@ -232,8 +273,15 @@ impl IndexServer {
             tasks.spawn(http::serve(listener, state, stop.clone()));
         }
 
-        let service =
-            AtlasService::new(Arc::clone(&index), config.weights, metrics, clock, ready, stop.clone());
+        let service = AtlasService::new(
+            Arc::clone(&index),
+            coordinator,
+            config.weights,
+            metrics,
+            clock,
+            ready,
+            stop.clone(),
+        );
         let atlas = AtlasServer::new(service)
             .max_decoding_message_size(MAX_REQUEST_BYTES)
             .accept_compressed(CompressionEncoding::Gzip);
@@ -267,9 +315,13 @@ fn asker() -> Asker {
     Asker::new(format!("{started:x}-{salt:x}")).expect("hexadecimal digits and a dash")
 }
 
+fn subscribe_error(bus: &Arc<dyn Bus>, filter: String, source: SubscribeError) -> StartError {
+    StartError::Subscribe { filter, bus: bus.describe(), source }
+}
+
 /// Says to everybody who asks whether answers can be relied on.
 #[derive(Clone)]
-struct Readiness {
+pub(crate) struct Readiness {
     ready: watch::Sender<bool>,
     health: HealthReporter,
 }
@@ -284,7 +336,7 @@ struct Discovery {
 // === impl Readiness ===
 
 impl Readiness {
-    async fn set(&self, ready: bool) {
+    pub(crate) async fn set(&self, ready: bool) {
         self.ready.send_replace(ready);
         let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
         for name in ["", SERVICE_NAME] {

@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, Stream};
 use kvatlas_proto::grpc as pb;
@@ -17,7 +17,8 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::answer;
 use crate::burst::BurstLimiter;
 use crate::clock::Clock;
-use crate::index::{DumpOwner, Index};
+use crate::cluster::{Coordinator, Covered, SHARD_TIMEOUT};
+use crate::index::{BlockSizeMismatch, DumpOwner, Index};
 use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::outcome::{Outcome, OutcomeMemory, Prediction, ScoredRequest};
@@ -39,6 +40,8 @@ pub const DUMP_CHUNK_KEYS: usize = 65_536;
 #[derive(Clone)]
 pub(crate) struct AtlasService {
     index: Arc<Index>,
+    /// Present where this server is one of many.
+    coordinator: Option<Arc<Coordinator>>,
     weights: TierWeights,
     metrics: Arc<Metrics>,
     clock: Clock,
@@ -72,6 +75,7 @@ struct DumpState {
 impl AtlasService {
     pub(crate) fn new(
         index: Arc<Index>,
+        coordinator: Option<Arc<Coordinator>>,
         weights: TierWeights,
         metrics: Arc<Metrics>,
         clock: Clock,
@@ -80,6 +84,7 @@ impl AtlasService {
     ) -> Self {
         Self {
             index,
+            coordinator,
             weights,
             metrics,
             clock,
@@ -92,18 +97,34 @@ impl AtlasService {
         }
     }
 
-    fn answer_score(&self, request: &pb::ScoreRequest) -> Result<pb::ScoreResponse, ScoreError> {
+    async fn answer_score(
+        &self,
+        request: &pb::ScoreRequest,
+        patience: Duration,
+    ) -> Result<pb::ScoreResponse, ScoreError> {
         let query = request::score_query(request, self.weights)?;
         let start = Instant::now();
-        let answer = self.index.score(&query)?;
+        let found = self.score_of(&query, patience).await?;
         let elapsed = start.elapsed();
         self.metrics.lookup.0.observe(elapsed.as_secs_f64());
         let lookup_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
         let (now_ms, ready) = (self.clock.now_ms(), *self.ready.borrow());
         if request.request_id != 0 {
-            self.remember(request.request_id, &query, &answer, now_ms);
+            self.remember(request.request_id, &query, &found.answer, now_ms);
         }
-        Ok(answer::score_response(request.request_id, answer, lookup_ns, now_ms, ready))
+        Ok(answer::score_response(request.request_id, found, lookup_ns, now_ms, ready))
+    }
+
+    /// From here, or from everybody.
+    async fn score_of(
+        &self,
+        query: &ScoreQuery<'_>,
+        patience: Duration,
+    ) -> Result<Covered<ScoreAnswer>, BlockSizeMismatch> {
+        match &self.coordinator {
+            Some(coordinator) => coordinator.score(query, patience).await,
+            None => Ok(Covered { answer: self.index.score(query)?, coverage: 1.0, missing: Vec::new() }),
+        }
     }
 
     /// Keeps what was said until somebody reports what came of it.
@@ -117,12 +138,13 @@ impl AtlasService {
         self.metrics.count_unreported(unreported);
     }
 
-    fn answer_outcome(
+    async fn answer_outcome(
         &self,
         request: &pb::ReportOutcomeRequest,
+        patience: Duration,
     ) -> Result<pb::ReportOutcomeResponse, OutcomeError> {
         let report = request::outcome_report(request, self.weights)?;
-        let (prediction, source) = self.prediction(&report)?;
+        let (prediction, source) = self.prediction(&report, patience).await?;
         let outcome = Outcome { prediction, source, reported: report.reported };
         self.metrics.count_outcome(&outcome);
         if outcome.is_broken_promise()
@@ -139,9 +161,10 @@ impl AtlasService {
     }
 
     /// What the report is to be compared with: the first that there is.
-    fn prediction(
+    async fn prediction(
         &self,
         report: &OutcomeReport<'_>,
+        patience: Duration,
     ) -> Result<(Prediction, pb::PredictionSource), OutcomeError> {
         let (instance, rank) = (report.instance, report.rank);
         let remembered = report.request_id.and_then(|id| self.outcomes.lock().reported(id, instance, rank));
@@ -158,7 +181,7 @@ impl AtlasService {
         if query.input.tokens().is_none() {
             return Err(RequestError::LengthMissing.into());
         }
-        let answer = self.index.score(query)?;
+        let answer = self.score_of(query, patience).await?.answer;
         let now_ms = self.clock.now_ms();
         let row = answer.rows.iter().find(|row| row.rank == rank);
         let prediction = row.map_or(Prediction::bare(0), |row| Prediction::of_row(row, now_ms));
@@ -195,7 +218,7 @@ impl AtlasService {
 #[tonic::async_trait]
 impl pb::atlas_server::Atlas for AtlasService {
     async fn score(&self, request: Request<pb::ScoreRequest>) -> Result<Response<pb::ScoreResponse>, Status> {
-        let answer = self.answer_score(request.get_ref()).map_err(Status::from);
+        let answer = self.answer_score(request.get_ref(), SHARD_TIMEOUT).await.map_err(Status::from);
         self.counted("Score", answer).map(Response::new)
     }
 
@@ -236,7 +259,7 @@ impl pb::atlas_server::Atlas for AtlasService {
         &self,
         request: Request<pb::ReportOutcomeRequest>,
     ) -> Result<Response<pb::ReportOutcomeResponse>, Status> {
-        let answer = self.answer_outcome(request.get_ref()).map_err(Status::from);
+        let answer = self.answer_outcome(request.get_ref(), SHARD_TIMEOUT).await.map_err(Status::from);
         self.counted("ReportOutcome", answer).map(Response::new)
     }
 
@@ -286,7 +309,7 @@ impl ScoreStreamState {
             request = self.requests.message() => request?,
         };
         let Some(request) = request else { return Ok(None) };
-        let answer = self.service.answer_score(&request).map_err(Status::from);
+        let answer = self.service.answer_score(&request, SHARD_TIMEOUT).await.map_err(Status::from);
         let result = match self.service.counted("ScoreStream", answer) {
             Ok(response) => pb::score_stream_response::Result::Score(response),
             Err(status) => pb::score_stream_response::Result::Error(status::call_error(&status)),

@@ -36,6 +36,7 @@ use kvatlas_proto::{Epoch, FrameSeq};
 
 use crate::held::{HeldFrames, RecoveryLimits};
 use crate::session::{Piece, Session};
+use crate::trust::Trust;
 pub use crate::trust::{DegradedReason, SourceState};
 
 /// Silence after which a source is marked, milliseconds: three missed heartbeats.
@@ -483,6 +484,11 @@ impl SourceTracker {
     }
 
     /// When digests were last equal, since the content was last in doubt.
+    pub(crate) fn trust(&self) -> Trust {
+        Trust { state: self.state(), verified_ms: self.verified_ms() }
+    }
+
+    /// When digests were last equal.
     pub(crate) fn verified_ms(&self) -> Option<u64> {
         self.verified_ms
     }

@@ -36,9 +36,42 @@ pub enum DegradedReason {
     Silent,
 }
 
+/// How far a source can be trusted, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Trust {
+    pub(crate) state: SourceState,
+    /// When digests were last equal, on the index's clock; `None` if they have not been since the content was in doubt.
+    pub(crate) verified_ms: Option<u64>,
+}
+
+// === impl Trust ===
+
+impl Trust {
+    /// How far the source can be trusted in both of two shards.
+    #[must_use]
+    pub(crate) fn and(self, other: Self) -> Self {
+        let verified_ms = self.verified_ms.zip(other.verified_ms).map(|(a, b)| a.min(b));
+        Self { state: self.state.worse(other.state), verified_ms }
+    }
+}
+
 // === impl SourceState ===
 
 impl SourceState {
+    /// The one of two states that promises less.
+    #[must_use]
+    pub fn worse(self, other: Self) -> Self {
+        // Of two reasons, the one that does not pass by itself.
+        let doubt = |state: Self| match state {
+            Self::Verified => (0, 0),
+            Self::Live => (1, 0),
+            Self::Degraded(reason) => (2, DegradedReason::Silent as u8 - reason as u8),
+            Self::Syncing => (3, 0),
+            Self::Gone => (4, 0),
+        };
+        if doubt(other) > doubt(self) { other } else { self }
+    }
+
     /// Every state, for metrics.
     pub const ALL: [Self; 11] = [
         Self::Syncing,

@@ -193,7 +193,8 @@ async fn a_suffix_extends_whoever_holds_its_base() {
     stage.publish(&mut Publisher::new("m", "a:1"), &[Op::Stored(0, vec![1, 2, 3, 4])]).await;
     stage.publish(&mut Publisher::new("m", "b:1"), &[Op::Stored(0, vec![1, 2])]).await;
     let suffix = |base_key, base_blocks, keys: Vec<u64>| {
-        let input = pb::prompt::Input::Suffix(pb::Suffix { base_key, base_blocks, keys });
+        let input =
+            pb::prompt::Input::Suffix(pb::Suffix { base_key, base_blocks, keys, base_segment_key: None });
         ask(pb::Prompt { block_size: 16, ..prompt("m", input) })
     };
     let answer = stage.score(suffix(2, 2, vec![3, 9])).await.unwrap();

@@ -12,9 +12,10 @@ use kvatlas_bus::Bus;
 use kvatlas_client::{CallError, Client, ClientConfig};
 use kvatlas_index::{MAX_REQUEST_NAME_BYTES, OwnerFilter, REMEMBERED_REQUESTS};
 use kvatlas_proto::KeyHasher;
+use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::grpc::PredictionSource::{Given, LookedUp, Remembered};
-use kvatlas_proto::subject::{Shard, Subjects};
+use kvatlas_proto::subject::Subjects;
 use parking_lot::Mutex;
 use tonic::Code;
 
@@ -74,7 +75,7 @@ async fn stage() -> (Stage, Publisher) {
 
 async fn verify(stage: &Stage, publisher: &mut Publisher) {
     let header = &publisher.header;
-    let subject = Subjects::default().events(header.scope.token(), Shard::All, &header.source);
+    let subject = Subjects::default().events(header.scope.token(), ShardId::WHOLE, &header.source);
     stage.bus.publish(subject, Bytes::from(publisher.heartbeat())).await.unwrap();
     stage
         .until("the digests are compared", || {

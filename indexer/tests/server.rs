@@ -9,9 +9,10 @@ use common::frames::{Op, Publisher};
 use common::{PATIENCE, Stage, any_port, ask_keys, bus, channel, config};
 use kvatlas_bus::Bus;
 use kvatlas_index::{CheckpointConfig, IndexServer, IndexServerConfig, StartError};
+use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::request::{Request, Want};
-use kvatlas_proto::subject::{Shard, Subjects};
+use kvatlas_proto::subject::Subjects;
 use prometheus_client::registry::Registry;
 use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
@@ -133,7 +134,7 @@ async fn a_restarted_server_takes_its_checkpoint_in_and_counts_it_once_it_is_pro
     assert_eq!(stage.server.index().totals(0).blocks, 2);
     assert!(stage.get("/metrics").await.1.contains("kvatlas_index_checkpoint_restored_blocks 2"));
     assert!(stage.score(ask_keys("m", [1])).await.unwrap().instances.is_empty());
-    let subject = Subjects::default().events(a.header.scope.token(), Shard::All, &a.header.source);
+    let subject = Subjects::default().events(a.header.scope.token(), ShardId::WHOLE, &a.header.source);
     stage.bus.publish(subject, Bytes::from(a.heartbeat())).await.unwrap();
     let verified = || {
         let sources = stage.server.index().sources(&kvatlas_index::OwnerFilter::default(), 0);
@@ -163,20 +164,20 @@ async fn bad_frames_are_dropped_and_counted_by_reason() {
     let mut a = Publisher::new("m", "a:1");
     let subjects = Subjects::default();
     let scope = a.header.scope.token();
-    let own = subjects.events(scope, Shard::All, &a.header.source);
+    let own = subjects.events(scope, ShardId::WHOLE, &a.header.source);
     let good = a.frame(&[Op::Stored(0, vec![1])]);
     let mut damaged = good.clone();
     *damaged.last_mut().unwrap() ^= 1;
     let mut newer = good.clone();
     newer[4] = 9;
-    let other = subjects.events(scope, Shard::All, &Publisher::new("m", "b:1").header.source);
+    let other = subjects.events(scope, ShardId::WHOLE, &Publisher::new("m", "b:1").header.source);
     let messages = [
         (own.clone(), vec![], "size"),
         (own.clone(), vec![0; 64], "magic"),
         (own.clone(), damaged, "checksum"),
         (own.clone(), newer, "version"),
         (other, good.clone(), "subject_mismatch"),
-        (subjects.events(scope, Shard::Virtual(3), &a.header.source), good.clone(), "sharded"),
+        (subjects.events(scope, ShardId::new(3, 8).unwrap(), &a.header.source), good.clone(), "partition"),
         ("kvatlas.v1.ev.nonsense".to_owned(), good.clone(), "subject"),
     ];
     for (subject, payload, _) in &messages {
@@ -314,7 +315,8 @@ async fn two_deployments_on_one_bus_do_not_see_each_other() {
         IndexServer::start(blue, bus.clone(), Registry::default()).await.unwrap(),
     );
     let mut a = Publisher::new("m", "a:1");
-    let subject = Subjects::new("blue").unwrap().events(a.header.scope.token(), Shard::All, &a.header.source);
+    let subject =
+        Subjects::new("blue").unwrap().events(a.header.scope.token(), ShardId::WHOLE, &a.header.source);
     bus.publish(subject, Bytes::from(a.frame(&[Op::Stored(0, vec![1])]))).await.unwrap();
     tokio::time::timeout(PATIENCE, async {
         while blue.index().totals(0).blocks == 0 {

@@ -68,6 +68,12 @@ impl Digest {
         self.sum = self.sum.wrapping_sub(fingerprint(key));
     }
 
+    /// The digest of two sets together that have no key in common.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self { count: self.count + other.count, sum: self.sum.wrapping_add(other.sum) }
+    }
+
     /// True for the empty set.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

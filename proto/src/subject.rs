@@ -16,7 +16,7 @@
 //! `[A-Za-z0-9_-]` written as `=XX`. A subscription to [`Subjects::all_events`] therefore sees every event, and an
 //! operator can put a JetStream stream over it for audit or replay without a change here.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use crate::ids::{DpRank, InstanceId, SourceId};
 use crate::scope::ScopeToken;
@@ -209,6 +209,12 @@ impl Asker {
             return Err(InvalidAskerError(name));
         }
         Ok(Self(name))
+    }
+}
+
+impl fmt::Display for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 

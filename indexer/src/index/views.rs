@@ -1,9 +1,10 @@
 //! What an index says about itself: refusals, sources, owners, sizes.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
-use kvatlas_proto::{CacheGroup, Digest, Epoch, FrameSeq, GroupKind, OwnerRef, Scope, SourceId};
+use kvatlas_proto::{CacheGroup, Digest, Epoch, FrameSeq, GroupKind, OwnerRef, Scope, ShardId, SourceId};
 
 use crate::matching::TierName;
 use crate::scope_index::{OwnerNo, ScopeIndex};
@@ -21,6 +22,14 @@ pub enum LimitReached {
         scope: Scope,
         /// The limit.
         bound: usize,
+    },
+    /// The frame is of a shard that this index does not own.
+    #[error("frames of shard {shard} of {scope} are not for this server")]
+    Shard {
+        /// The scope of the frame.
+        scope: Scope,
+        /// Its shard.
+        shard: ShardId,
     },
     /// No room for another source.
     #[error(
@@ -57,6 +66,8 @@ pub struct BlockSizeMismatch {
 pub struct Expired {
     /// In which scope.
     pub scope: Scope,
+    /// In which shard of it.
+    pub shard: ShardId,
     /// Who.
     pub source: SourceId,
     /// What happened.
@@ -83,7 +94,7 @@ pub struct SourceInfo {
     pub source: SourceId,
     /// The newest epoch heard of.
     pub epoch: Option<Epoch>,
-    /// The last frame that was applied.
+    /// The last frame that was applied; of several shards', the one that is furthest behind.
     pub applied_seq: Option<FrameSeq>,
     /// How far it can be trusted.
     pub state: SourceState,
@@ -119,8 +130,8 @@ pub struct DumpOwner {
     pub scope: Scope,
     /// Who it is.
     pub owner: OwnerRef,
-    pub(super) index: Arc<ScopeIndex>,
-    pub(super) no: OwnerNo,
+    /// Its number in each shard.
+    pub(super) parts: Vec<(Arc<ScopeIndex>, OwnerNo)>,
 }
 
 /// Sizes of an index.
@@ -151,5 +162,51 @@ impl OwnerFilter {
 
     pub(super) fn admits_source(&self, source: &SourceId) -> bool {
         self.instance.as_ref().is_none_or(|instance| source.instance.as_str() == instance)
+    }
+}
+
+/// Puts together what the shards say of each source.
+pub(super) fn merge_sources(parts: Vec<SourceInfo>) -> Vec<SourceInfo> {
+    let mut merged: BTreeMap<(Scope, SourceId), SourceInfo> = BTreeMap::new();
+    for part in parts {
+        match merged.entry((part.scope.clone(), part.source.clone())) {
+            Entry::Vacant(entry) => _ = entry.insert(part),
+            Entry::Occupied(entry) => entry.into_mut().add(part),
+        }
+    }
+    let mut sources: Vec<_> = merged.into_values().collect();
+    for source in &mut sources {
+        source.owners.sort_by(|a, b| a.name().cmp(&b.name()));
+    }
+    sources
+}
+
+// === impl SourceInfo ===
+
+impl SourceInfo {
+    /// The same source in another shard.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.epoch = self.epoch.max(other.epoch);
+        self.applied_seq = self.applied_seq.min(other.applied_seq);
+        self.state = self.state.worse(other.state);
+        self.verified_age_ms = self.verified_age_ms.zip(other.verified_age_ms).map(|(a, b)| a.max(b));
+        self.silent_ms = self.silent_ms.max(other.silent_ms);
+        for owner in other.owners {
+            match self.owners.iter_mut().find(|known| known.name() == owner.name()) {
+                Some(known) => {
+                    known.blocks += owner.blocks;
+                    known.digest = known.digest.and(owner.digest);
+                }
+                None => self.owners.push(owner),
+            }
+        }
+    }
+}
+
+// === impl OwnerInfo ===
+
+impl OwnerInfo {
+    fn name(&self) -> (&TierName, &str, CacheGroup) {
+        (&self.tier, &self.medium, self.group)
     }
 }

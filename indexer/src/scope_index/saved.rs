@@ -1,12 +1,13 @@
 //! What a checkpoint says of a scope, and how it is taken in.
 
 use kvatlas_proto::frame::FrameOwner;
-use kvatlas_proto::{BlockKey, Scope, SourceId};
+use kvatlas_proto::{BlockKey, SourceId};
 use parking_lot::RwLockWriteGuard;
 
 use super::{Budget, OwnerNo, ScopeIndex, SourceEntry};
 use crate::changes::SLICE_KEYS;
 use crate::checkpoint::{SavedOwner, SavedSource};
+use crate::index::PartId;
 use crate::sources::{SourceState, SourceTracker};
 
 // === impl ScopeIndex ===
@@ -18,7 +19,12 @@ impl ScopeIndex {
     }
 
     /// What a checkpoint says of a source; `None` for one that is gone.
-    pub(crate) fn save(&self, scope: &Scope, source: &SourceId, root: BlockKey) -> Option<SavedSource> {
+    pub(crate) fn save(
+        &self,
+        (scope, shard): &PartId,
+        source: &SourceId,
+        root: BlockKey,
+    ) -> Option<SavedSource> {
         let state = self.state.read();
         let entry = state.source(*state.ids.get(source)?)?;
         if entry.tracker.state() == SourceState::Gone {
@@ -39,6 +45,7 @@ impl ScopeIndex {
         };
         Some(SavedSource {
             scope: scope.clone(),
+            shard: *shard,
             source: source.clone(),
             epoch: entry.tracker.epoch()?,
             variant: entry.variant,

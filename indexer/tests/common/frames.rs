@@ -9,8 +9,8 @@ use kvatlas_proto::frame::{FrameHeader, FrameOwner, FramePart, OpBuffer, ReplyPa
 use kvatlas_proto::keys::KeyVariant;
 use kvatlas_proto::request::{OwnerBuckets, Request, Want};
 use kvatlas_proto::{
-    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, Scope, SourceId,
-    Tier,
+    BlockKey, CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, Scope, ShardId,
+    SourceId, Tier,
 };
 
 /// One source; `header` may be changed between frames.
@@ -55,6 +55,7 @@ impl Publisher {
             header: FrameHeader {
                 scope: Scope::new(model, "", 16, 1).unwrap(),
                 source: SourceId { instance: InstanceId::new(instance).unwrap(), rank: DpRank(0) },
+                shard: ShardId::WHOLE,
                 variant: KeyVariant::default(),
                 epoch: Epoch(1),
                 seq: FrameSeq(0),

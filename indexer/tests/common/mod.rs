@@ -11,9 +11,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use kvatlas_bus::{Bus, InProcessBus, InProcessConfig};
 use kvatlas_index::{IndexServer, IndexServerConfig, RunningIndexServer};
+use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::grpc::atlas_client::AtlasClient;
-use kvatlas_proto::subject::{Shard, Subjects};
+use kvatlas_proto::subject::Subjects;
 use prometheus_client::registry::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
@@ -76,8 +77,11 @@ impl Stage {
     }
 
     pub async fn publish_only(&self, publisher: &mut Publisher, ops: &[Op]) {
-        let subject =
-            Subjects::default().events(publisher.header.scope.token(), Shard::All, &publisher.header.source);
+        let subject = Subjects::default().events(
+            publisher.header.scope.token(),
+            ShardId::WHOLE,
+            &publisher.header.source,
+        );
         let frame = publisher.frame(ops);
         self.bus.publish(subject, Bytes::from(frame)).await.unwrap();
     }

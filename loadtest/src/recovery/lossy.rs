@@ -123,6 +123,13 @@ impl LossyBus {
     }
 }
 
+impl LossyBus {
+    fn lossy(&self, messages: Subscription) -> Subscription {
+        let shared = Arc::clone(&self.shared);
+        Subscription::new(messages.filter(move |message| std::future::ready(!shared.loses_received(message))))
+    }
+}
+
 #[async_trait]
 impl Bus for LossyBus {
     async fn send(&self, message: BusMessage) -> Result<(), PublishError> {
@@ -133,10 +140,11 @@ impl Bus for LossyBus {
     }
 
     async fn subscribe(&self, filter: String) -> Result<Subscription, SubscribeError> {
-        let shared = Arc::clone(&self.shared);
-        let messages = self.inner.subscribe(filter).await?;
-        let kept = messages.filter(move |message| std::future::ready(!shared.loses_received(message)));
-        Ok(Subscription::new(kept))
+        Ok(self.lossy(self.inner.subscribe(filter).await?))
+    }
+
+    async fn subscribe_group(&self, filter: String, group: String) -> Result<Subscription, SubscribeError> {
+        Ok(self.lossy(self.inner.subscribe_group(filter, group).await?))
     }
 
     async fn flush(&self) -> Result<(), FlushError> {

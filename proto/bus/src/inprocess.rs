@@ -6,7 +6,7 @@
 //! and is trusted again when it takes one.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -52,11 +52,15 @@ pub struct InProcessBus {
 struct Registry {
     subscribers: RwLock<Vec<Arc<Subscriber>>>,
     next_id: AtomicU64,
+    /// Whose turn it is in a group.
+    turn: AtomicUsize,
 }
 
 struct Subscriber {
     id: u64,
     filter: String,
+    /// Of those with the same group and filter, one gets a message.
+    group: Option<String>,
     sender: mpsc::Sender<BusMessage>,
     /// It had no room for a whole publish timeout and has taken nothing since: nobody waits for it.
     stalled: AtomicBool,
@@ -116,6 +120,13 @@ impl InProcessBus {
         Ok(())
     }
 
+    fn join(&self, filter: String, group: Option<String>) -> Result<Subscription, SubscribeError> {
+        check_filter(&filter)?;
+        let (sender, receiver) = mpsc::channel(self.config.queue_messages);
+        let id = self.registry.add(filter, group, sender)?;
+        Ok(Subscription::new(Inbox { id, receiver, registry: Arc::downgrade(&self.registry) }))
+    }
+
     fn count_drop(&self, subscriber: &Subscriber) {
         self.dropped.fetch_add(1, Relaxed);
         if !subscriber.stalled.swap(true, Relaxed) {
@@ -158,10 +169,12 @@ impl Bus for InProcessBus {
     }
 
     async fn subscribe(&self, filter: String) -> Result<Subscription, SubscribeError> {
-        check_filter(&filter)?;
-        let (sender, receiver) = mpsc::channel(self.config.queue_messages);
-        let id = self.registry.add(filter, sender)?;
-        Ok(Subscription::new(Inbox { id, receiver, registry: Arc::downgrade(&self.registry) }))
+        self.join(filter, None)
+    }
+
+    async fn subscribe_group(&self, filter: String, group: String) -> Result<Subscription, SubscribeError> {
+        check_filter(&group)?;
+        self.join(filter, Some(group))
     }
 
     async fn flush(&self) -> Result<(), FlushError> {
@@ -190,16 +203,31 @@ impl Registry {
     /// A copy of the list, so that the lock is not held while publishers wait.
     fn matching(&self, subject: &str) -> Vec<Arc<Subscriber>> {
         let subscribers = self.subscribers.read();
-        subscribers.iter().filter(|s| subject_matches(&s.filter, subject)).cloned().collect()
+        let matching = || subscribers.iter().filter(|s| subject_matches(&s.filter, subject));
+        let mut chosen: Vec<_> = matching().filter(|s| s.group.is_none()).cloned().collect();
+        let mut groups: Vec<_> = matching().filter_map(|s| Some((s.group.as_ref()?, &s.filter))).collect();
+        groups.sort_unstable();
+        groups.dedup();
+        for (group, filter) in groups {
+            let members = || matching().filter(|s| s.group.as_ref() == Some(group) && s.filter == *filter);
+            let turn = self.turn.fetch_add(1, Relaxed) % members().count().max(1);
+            chosen.extend(members().nth(turn).cloned());
+        }
+        chosen
     }
 
-    fn add(&self, filter: String, sender: mpsc::Sender<BusMessage>) -> Result<u64, SubscribeError> {
+    fn add(
+        &self,
+        filter: String,
+        group: Option<String>,
+        sender: mpsc::Sender<BusMessage>,
+    ) -> Result<u64, SubscribeError> {
         let mut subscribers = self.subscribers.write();
         if subscribers.len() >= MAX_SUBSCRIPTIONS {
             return Err(SubscribeError::TooMany { filter, max: MAX_SUBSCRIPTIONS });
         }
         let id = self.next_id.fetch_add(1, Relaxed);
-        subscribers.push(Arc::new(Subscriber { id, filter, sender, stalled: AtomicBool::new(false) }));
+        subscribers.push(Arc::new(Subscriber { id, filter, group, sender, stalled: AtomicBool::new(false) }));
         Ok(id)
     }
 

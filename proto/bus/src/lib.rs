@@ -73,6 +73,9 @@ pub trait Bus: Send + Sync + 'static {
     /// holds from the moment it is back: the subscription is renewed on every reconnect.)
     async fn subscribe(&self, filter: String) -> Result<Subscription, SubscribeError>;
 
+    /// The same as one of a group: each message goes to one of those that subscribed to it under this group's name.
+    async fn subscribe_group(&self, filter: String, group: String) -> Result<Subscription, SubscribeError>;
+
     /// Waits, for a bounded time, until everything published so far has left this process. Call it before exit.
     async fn flush(&self) -> Result<(), FlushError>;
 

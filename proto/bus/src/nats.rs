@@ -68,6 +68,28 @@ struct Counters {
 // === impl NatsBus ===
 
 impl NatsBus {
+    async fn join(&self, filter: String, group: Option<String>) -> Result<Subscription, SubscribeError> {
+        check_filter(&filter)?;
+        let joining = async {
+            match group {
+                None => self.client.subscribe(filter.clone()).await,
+                Some(group) => self.client.queue_subscribe(filter.clone(), group).await,
+            }
+        };
+        let Ok(outcome) = timeout(SUBSCRIBE_TIMEOUT, joining).await else {
+            let waited_ms = SUBSCRIBE_TIMEOUT.as_millis();
+            return Err(SubscribeError::TimedOut { bus: self.servers.clone(), filter, waited_ms });
+        };
+        // The filter was checked more strictly above, so what is left is a connection that ended.
+        let subscriber = outcome.map_err(|_| self.closed())?;
+        self.confirm(&filter).await;
+        // Whoever subscribes to everything means every message published on a bus, not the client's own echoes.
+        let hides_inboxes = filter.starts_with(['*', '>']);
+        let shown = move |m: &Message| !(hides_inboxes && m.subject.starts_with(INBOX_PREFIX));
+        let messages = subscriber.filter_map(move |m| std::future::ready(shown(&m).then(|| bus_message(m))));
+        Ok(Subscription::new(messages))
+    }
+
     /// Connects once. A broker that cannot be reached now is an error, because at start it is nearly always a wrong
     /// address; one that goes away later is not.
     pub async fn connect(config: NatsConfig) -> Result<Self, ConnectError> {
@@ -161,19 +183,12 @@ impl Bus for NatsBus {
     }
 
     async fn subscribe(&self, filter: String) -> Result<Subscription, SubscribeError> {
-        check_filter(&filter)?;
-        let Ok(outcome) = timeout(SUBSCRIBE_TIMEOUT, self.client.subscribe(filter.clone())).await else {
-            let waited_ms = SUBSCRIBE_TIMEOUT.as_millis();
-            return Err(SubscribeError::TimedOut { bus: self.servers.clone(), filter, waited_ms });
-        };
-        // The filter was checked more strictly above, so what is left is a connection that ended.
-        let subscriber = outcome.map_err(|_| self.closed())?;
-        self.confirm(&filter).await;
-        // Whoever subscribes to everything means every message published on a bus, not the client's own echoes.
-        let hides_inboxes = filter.starts_with(['*', '>']);
-        let shown = move |m: &Message| !(hides_inboxes && m.subject.starts_with(INBOX_PREFIX));
-        let messages = subscriber.filter_map(move |m| std::future::ready(shown(&m).then(|| bus_message(m))));
-        Ok(Subscription::new(messages))
+        self.join(filter, None).await
+    }
+
+    async fn subscribe_group(&self, filter: String, group: String) -> Result<Subscription, SubscribeError> {
+        check_filter(&group)?;
+        self.join(filter, Some(group)).await
     }
 
     async fn flush(&self) -> Result<(), FlushError> {

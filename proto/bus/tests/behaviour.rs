@@ -46,6 +46,7 @@ every_bus_keeps!(
     a_request_carries_the_subject_for_its_answers,
     filters_select_by_words,
     every_subscriber_gets_every_message,
+    each_message_goes_to_one_member_of_a_group,
     a_message_after_subscribe_returned_is_delivered,
     nothing_published_before_is_delivered,
     an_unsubscribed_filter_costs_the_others_nothing,
@@ -176,6 +177,32 @@ async fn every_subscriber_gets_every_message(bus: Fixture) {
     for subscription in &mut subscriptions {
         assert_eq!(payloads_until_end(subscription).await, ["1", "2", "3"]);
     }
+}
+
+async fn each_message_goes_to_one_member_of_a_group(fixture: Fixture) {
+    let join = || async {
+        let group = "group".to_owned();
+        fixture.there.subscribe_group("a.b".to_owned(), group).await.expect("a usable filter")
+    };
+    let (mut first, mut second, mut outside) =
+        (join().await, join().await, subscribe(&fixture.there, "a.b").await);
+    for n in 0..100 {
+        publish(&fixture.here, "a.b", &n.to_string()).await;
+    }
+    let mut seen = 0;
+    for _ in 0..100 {
+        let message = timeout(PATIENCE, async {
+            tokio::select! {
+                message = first.recv() => message,
+                message = second.recv() => message,
+            }
+        });
+        seen += usize::from(message.await.expect("a message for the group").is_some());
+        timeout(PATIENCE, outside.recv()).await.expect("a message for who is outside").expect("an open bus");
+    }
+    assert_eq!(seen, 100);
+    assert_eq!(first.try_recv(), Err(TryRecvError::Empty));
+    assert_eq!(second.try_recv(), Err(TryRecvError::Empty));
 }
 
 async fn a_message_after_subscribe_returned_is_delivered(bus: Fixture) {

@@ -1,0 +1,262 @@
+//! What one index server asks another about a prompt.
+//!
+//! A prompt is cut into the segments of its chain ([`kvatlas_proto::shard`]); a question has those that lie in shards of the
+//! server that is asked. It is sealed (magic `KVAS`); its body is an rkyv archive.
+
+use kvatlas_proto::BlockKey;
+use kvatlas_proto::keys::KeyVariant;
+use kvatlas_proto::sealed::{OpenError, Seal};
+use kvatlas_proto::shard::MAX_SHARDS;
+
+/// Version of the layout.
+const QUESTION_VERSION: u16 = 1;
+/// Largest question or answer, in bytes: below NATS's default `max_payload` of 1 MiB. The longest prompt has a megabyte of
+/// keys, divided among servers.
+pub(crate) const MAX_MESSAGE_BYTES: usize = 1_000_000;
+/// Most keys of a question, and most pieces.
+const MAX_KEYS: usize = MAX_MESSAGE_BYTES / 8;
+const SEAL: Seal = Seal { what: "a question to a shard server", magic: *b"KVAS", version: QUESTION_VERSION };
+
+/// A question, with everything that is needed to answer it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ShardQuestion {
+    /// Chosen by the asker, and the same when it asks again.
+    pub(crate) number: u64,
+    pub(crate) model: String,
+    pub(crate) tenant: String,
+    /// Instances to look for; empty: all.
+    pub(crate) candidates: Vec<String>,
+    pub(crate) chains: Vec<ChainQuestion>,
+}
+
+/// The part of a question about one chain of keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ChainQuestion {
+    /// Tokens per block.
+    pub(crate) block_size: u32,
+    /// Only sources that shape their keys like this; `None`: all.
+    pub(crate) variant: Option<KeyVariant>,
+    /// The prompt has no multimodal items, so how a source shapes their keys makes no difference.
+    pub(crate) text_only: bool,
+    pub(crate) pieces: Vec<Piece>,
+}
+
+/// Consecutive blocks of a prompt that lie in one shard.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Which one; `None`: whoever has the base knows.
+    pub(crate) shard: Option<u16>,
+    /// Position of the first key in the prompt.
+    pub(crate) first: u32,
+    /// The key before the first one, which stands for all blocks up to there.
+    pub(crate) base: Option<BlockKey>,
+    pub(crate) keys: Vec<BlockKey>,
+}
+
+/// The question cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EncodeQuestionError {
+    #[error(
+        "a question of {0} bytes to a shard server is too large: ask about fewer candidates, or give a suffix"
+    )]
+    TooLarge(usize),
+    #[error("a question to a shard server could not be archived: {0}")]
+    Archive(rkyv::rancor::Error),
+}
+
+/// A received question is not usable. It is dropped, and whoever asked says what is missing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ParseQuestionError {
+    #[error("question of {0} bytes (at most {MAX_MESSAGE_BYTES})")]
+    Size(usize),
+    #[error(transparent)]
+    Sealed(#[from] OpenError),
+    #[error("archive is not valid: {0}")]
+    Archive(rkyv::rancor::Error),
+    #[error("question is inconsistent: {0}")]
+    Inconsistent(&'static str),
+}
+
+#[allow(missing_docs, unreachable_pub)]
+mod wire {
+    use rkyv::{Archive, Deserialize, Serialize};
+
+    #[derive(Debug, Archive, Serialize, Deserialize)]
+    pub struct Chain {
+        pub block_size: u32,
+        pub pieces: u32,
+        pub has_variant: bool,
+        pub multimodal_offsets: bool,
+        pub lookahead_tokens: u8,
+        pub text_only: bool,
+    }
+
+    #[derive(Debug, Archive, Serialize, Deserialize)]
+    pub struct Piece {
+        pub base: u64,
+        pub first: u32,
+        pub keys: u32,
+        pub shard: u16,
+        pub has_base: bool,
+    }
+
+    #[derive(Debug, Archive, Serialize, Deserialize)]
+    pub struct Body {
+        pub number: u64,
+        pub model: String,
+        pub tenant: String,
+        pub candidates: Vec<String>,
+        pub chains: Vec<Chain>,
+        pub pieces: Vec<Piece>,
+        pub keys: Vec<u64>,
+    }
+}
+
+const ANY_SHARD: u16 = u16::MAX;
+
+// === impl ShardQuestion ===
+
+impl ShardQuestion {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, EncodeQuestionError> {
+        let chains = self.chains.iter().map(|chain| {
+            let variant = chain.variant.unwrap_or_default();
+            wire::Chain {
+                block_size: chain.block_size,
+                pieces: chain.pieces.len() as u32,
+                has_variant: chain.variant.is_some(),
+                multimodal_offsets: variant.multimodal_offsets,
+                lookahead_tokens: variant.lookahead_tokens,
+                text_only: chain.text_only,
+            }
+        });
+        let pieces = || self.chains.iter().flat_map(|chain| &chain.pieces);
+        let keys: usize = pieces().map(|piece| piece.keys.len()).sum();
+        if keys > MAX_KEYS {
+            return Err(EncodeQuestionError::TooLarge(keys * 8));
+        }
+        let body = wire::Body {
+            number: self.number,
+            model: self.model.clone(),
+            tenant: self.tenant.clone(),
+            candidates: self.candidates.clone(),
+            chains: chains.collect(),
+            pieces: pieces()
+                .map(|piece| wire::Piece {
+                    base: piece.base.map_or(0, |base| base.0),
+                    first: piece.first,
+                    keys: piece.keys.len() as u32,
+                    shard: piece.shard.unwrap_or(ANY_SHARD),
+                    has_base: piece.base.is_some(),
+                })
+                .collect(),
+            keys: pieces().flat_map(|piece| &piece.keys).map(|key| key.0).collect(),
+        };
+        let mut out =
+            rkyv::api::high::to_bytes_in::<_, rkyv::rancor::Error>(&body, SEAL.start(256 + keys * 8))
+                .map_err(EncodeQuestionError::Archive)?;
+        if out.len() > MAX_MESSAGE_BYTES {
+            return Err(EncodeQuestionError::TooLarge(out.len()));
+        }
+        Seal::finish(&mut out);
+        Ok(out)
+    }
+
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ParseQuestionError> {
+        if bytes.len() > MAX_MESSAGE_BYTES {
+            return Err(ParseQuestionError::Size(bytes.len()));
+        }
+        let body = rkyv::access::<wire::ArchivedBody, rkyv::rancor::Error>(SEAL.open(bytes)?)
+            .map_err(ParseQuestionError::Archive)?;
+        let mut pieces = body.pieces.iter();
+        let mut keys = body.keys.as_slice();
+        let mut chains = Vec::with_capacity(body.chains.len());
+        for chain in body.chains.iter() {
+            let mut own = Vec::new();
+            for _ in 0..chain.pieces.to_native() {
+                let piece = pieces.next().ok_or(ParseQuestionError::Inconsistent("pieces are missing"))?;
+                let (these, rest) = keys
+                    .split_at_checked(piece.keys.to_native() as usize)
+                    .ok_or(ParseQuestionError::Inconsistent("keys are missing"))?;
+                keys = rest;
+                let shard = piece.shard.to_native();
+                let first = piece.first.to_native();
+                if shard != ANY_SHARD && shard >= MAX_SHARDS {
+                    return Err(ParseQuestionError::Inconsistent("there is no such shard"));
+                }
+                if first.checked_add(these.len() as u32).is_none() || (piece.has_base && first == 0) {
+                    return Err(ParseQuestionError::Inconsistent("a piece is nowhere in a prompt"));
+                }
+                own.push(Piece {
+                    shard: (shard != ANY_SHARD).then_some(shard),
+                    first,
+                    base: piece.has_base.then(|| BlockKey(piece.base.to_native())),
+                    keys: these.iter().map(|key| BlockKey(key.to_native())).collect(),
+                });
+            }
+            chains.push(ChainQuestion {
+                block_size: chain.block_size.to_native(),
+                variant: chain.has_variant.then(|| KeyVariant {
+                    multimodal_offsets: chain.multimodal_offsets,
+                    lookahead_tokens: chain.lookahead_tokens,
+                }),
+                text_only: chain.text_only,
+                pieces: own,
+            });
+        }
+        Ok(Self {
+            number: body.number.to_native(),
+            model: body.model.as_str().to_owned(),
+            tenant: body.tenant.as_str().to_owned(),
+            candidates: body.candidates.iter().map(|name| name.as_str().to_owned()).collect(),
+            chains,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn question(pieces: Vec<Piece>) -> ShardQuestion {
+        let variant = Some(KeyVariant { multimodal_offsets: true, lookahead_tokens: 2 });
+        ShardQuestion {
+            number: 7,
+            model: "m".into(),
+            tenant: "t".into(),
+            candidates: vec!["a:1".into()],
+            chains: vec![
+                ChainQuestion { block_size: 16, variant, text_only: true, pieces: pieces.clone() },
+                ChainQuestion { block_size: 32, variant: None, text_only: false, pieces },
+            ],
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn questions_round_trip(keys in proptest::collection::vec(any::<u64>(), 0..100), shard in 0u16..1_024) {
+            let keys: Vec<_> = keys.into_iter().map(BlockKey).collect();
+            let pieces = vec![
+                Piece { shard: Some(shard), first: 0, base: None, keys: keys.clone() },
+                Piece { shard: None, first: 9, base: Some(BlockKey(3)), keys },
+            ];
+            let question = question(pieces);
+            prop_assert_eq!(ShardQuestion::parse(&question.encode().unwrap()).unwrap(), question);
+        }
+
+        #[test]
+        fn hostile_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 0usize..150) {
+            prop_assert!(ShardQuestion::parse(&bytes).is_err());
+            let good = question(vec![Piece::default()]).encode().unwrap();
+            prop_assert!(ShardQuestion::parse(&good[..cut.min(good.len() - 1)]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_question_that_no_broker_takes_is_refused_by_the_sender() {
+        let keys = vec![BlockKey(1); MAX_KEYS + 1];
+        let error = question(vec![Piece { keys, ..Piece::default() }]).encode().unwrap_err();
+        assert!(error.to_string().contains("give a suffix"), "{error}");
+    }
+}
