@@ -17,7 +17,7 @@ mod changes;
 mod checkpoint;
 mod checkpoint_file;
 mod clock;
-mod cluster;
+pub mod cluster;
 pub mod engine;
 mod held;
 mod http;

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvatlas_bus::{Bus, InProcessBus, InProcessConfig, NatsBus};
-use kvatlas_index::{DISCOVERY, HttpServer, IndexServer, IndexServerConfig, RunningIndexServer};
+use kvatlas_index::{
+    ClusterConfig, DISCOVERY, HttpServer, IndexServer, IndexServerConfig, RunningIndexServer,
+};
 use kvatlas_proto::Tier;
 use kvatlas_shim::metrics::ShimCollector;
 use kvatlas_shim::shim::Shim;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::failure::Failure;
@@ -120,6 +123,11 @@ async fn start_server(
     config.checkpoint = settings.server.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
+    }
+    if let Some(set) = settings.cluster.shard_set()? {
+        let partition = settings.cluster.partition()?;
+        // The sender may go: what does not change needs none.
+        config.cluster = Some(ClusterConfig { partition, wanted: watch::channel(set).1 });
     }
     IndexServer::start(config, Arc::clone(bus), registry).await.map_err(Failure::run)
 }

@@ -15,6 +15,10 @@ use kvatlas_proto::subject::Subjects;
 use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
 
+mod cluster;
+
+pub use cluster::ClusterSettings;
+
 use crate::engine::EngineSpec;
 use crate::failure::Failure;
 
@@ -41,6 +45,8 @@ pub struct Settings {
     pub keys: KeySettings,
     #[command(flatten)]
     pub nats: NatsSettings,
+    #[command(flatten)]
+    pub cluster: ClusterSettings,
     #[command(flatten)]
     pub shim: ShimSettings,
     #[command(flatten)]
@@ -179,6 +185,7 @@ impl Settings {
             engines: or_list(self.engines, file.engines),
             keys: KeySettings { key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file) },
             nats: self.nats.or(file.nats),
+            cluster: self.cluster.or(file.cluster),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
             server: self.server.or(file.server),
         }

@@ -18,7 +18,7 @@ const NO_AGE: u32 = u32::MAX;
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ShardAnswer {
+pub struct ShardAnswer {
     /// Shards that were asked for and are not, or not yet, this server's.
     pub(crate) missing: Vec<u16>,
     /// Whether a piece with a base was found here.
@@ -60,24 +60,31 @@ pub(crate) struct Doubt {
 
 /// The answer cannot be sent.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum EncodeAnswerError {
+pub enum EncodeAnswerError {
+    /// The broker takes no message of this size.
     #[error("an answer of {0} bytes is too large: ask about fewer candidates")]
     TooLarge(usize),
+    /// The archive could not be written.
     #[error("an answer could not be archived: {0}")]
     Archive(rkyv::rancor::Error),
 }
 
 /// A received answer is not usable. It is dropped, and what it was about is missing.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ParseAnswerError {
+pub enum ParseAnswerError {
+    /// Longer than allowed.
     #[error("answer of {0} bytes (at most {MAX_MESSAGE_BYTES})")]
     Size(usize),
+    /// Not an answer of this version, or damaged.
     #[error(transparent)]
     Sealed(#[from] OpenError),
+    /// The body is not a valid archive.
     #[error("archive is not valid: {0}")]
     Archive(rkyv::rancor::Error),
+    /// A name of an instance is not valid.
     #[error(transparent)]
     Instance(#[from] InvalidInstanceError),
+    /// Its parts do not fit together.
     #[error("answer is inconsistent: {0}")]
     Inconsistent(&'static str),
 }
@@ -137,7 +144,8 @@ mod wire {
 // === impl ShardAnswer ===
 
 impl ShardAnswer {
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, EncodeAnswerError> {
+    /// The answer as a message.
+    pub fn encode(&self) -> Result<Vec<u8>, EncodeAnswerError> {
         let mut body = wire::Body {
             missing: self.missing.clone(),
             base_found: self.base_found,
@@ -177,7 +185,8 @@ impl ShardAnswer {
         Ok(out)
     }
 
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ParseAnswerError> {
+    /// Checks everything about a received answer.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ParseAnswerError> {
         if bytes.len() > MAX_MESSAGE_BYTES {
             return Err(ParseAnswerError::Size(bytes.len()));
         }

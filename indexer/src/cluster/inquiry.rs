@@ -15,7 +15,7 @@ use crate::sources::SourceState;
 use crate::trust::Trust;
 
 /// A query and everything that has to be looked up about it.
-pub(crate) struct Inquiry<'q> {
+pub struct Inquiry<'q> {
     subject: Subject<'q>,
     /// What to ask of everybody together.
     question: ShardQuestion,
@@ -25,11 +25,11 @@ pub(crate) struct Inquiry<'q> {
 
 /// How much of a query was answered.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Coverage {
+pub struct Coverage {
     /// Blocks whose shard has not answered.
-    pub(crate) missing_blocks: u64,
+    pub missing_blocks: u64,
     /// All blocks that were asked about.
-    pub(crate) blocks: u64,
+    pub blocks: u64,
 }
 
 /// What is known of a source in one chain.
@@ -47,8 +47,8 @@ struct FoundOwner {
 // === impl Coverage ===
 
 impl Coverage {
-    /// 0 to 1.
-    pub(crate) fn share(self) -> f64 {
+    /// The share that was answered, 0 to 1.
+    pub fn share(self) -> f64 {
         if self.blocks == 0 { 1.0 } else { 1.0 - self.missing_blocks as f64 / self.blocks as f64 }
     }
 }
@@ -94,7 +94,7 @@ impl<'q> Inquiry<'q> {
     }
 
     /// The shards that have to be asked; all of them if nobody knows where a base lies.
-    pub(crate) fn shards(&self, partition: Partition) -> Vec<u16> {
+    pub fn shards(&self, partition: Partition) -> Vec<u16> {
         let mut shards: Vec<u16> = if self.is_base_anywhere() {
             (0..partition.shards()).collect()
         } else {
@@ -114,7 +114,7 @@ impl<'q> Inquiry<'q> {
     }
 
     /// The part of the question that is about these shards.
-    pub(crate) fn question(&self, number: u64, asks: impl Fn(u16) -> bool) -> ShardQuestion {
+    pub fn question(&self, number: u64, asks: impl Fn(u16) -> bool) -> ShardQuestion {
         let chains = self.question.chains.iter().map(|chain| ChainQuestion {
             pieces: chain.pieces.iter().filter(|piece| piece.shard.is_none_or(&asks)).cloned().collect(),
             ..*chain
@@ -123,7 +123,7 @@ impl<'q> Inquiry<'q> {
     }
 
     /// How much these answers cover, given the shards that nobody has answered about.
-    pub(crate) fn coverage(&self, answers: &[ShardAnswer], unanswered: &[u16]) -> Coverage {
+    pub fn coverage(&self, answers: &[ShardAnswer], unanswered: &[u16]) -> Coverage {
         let missing = |shard: u16| {
             unanswered.contains(&shard) || answers.iter().any(|answer| answer.missing.contains(&shard))
         };

@@ -18,7 +18,7 @@ const MAX_DOUBTFUL: usize = 4_096;
 
 impl Index {
     /// What is held of a question's pieces. `serves` says of which shards this server speaks.
-    pub(crate) fn look_up(
+    pub fn look_up(
         &self,
         question: &ShardQuestion,
         serves: impl Fn(ShardId) -> bool,

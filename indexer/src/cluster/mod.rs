@@ -36,12 +36,13 @@ use crate::index::Index;
 use crate::ingest::Owned;
 use crate::server::Readiness;
 
-pub(crate) use answer::ShardAnswer;
+pub use answer::{EncodeAnswerError, ParseAnswerError, ShardAnswer};
 pub use coordinator::SHARD_TIMEOUT;
 pub(crate) use coordinator::{Coordinator, Covered};
-pub(crate) use inquiry::Inquiry;
+pub use inquiry::{Coverage, Inquiry};
 pub(crate) use metrics::ClusterMetrics;
 use presence::Presence;
+pub use question::{EncodeQuestionError, ParseQuestionError, ShardQuestion};
 use responder::Responder;
 use steward::{Serving, Steward};
 

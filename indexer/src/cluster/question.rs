@@ -19,7 +19,7 @@ const SEAL: Seal = Seal { what: "a question to a shard server", magic: *b"KVAS",
 
 /// A question, with everything that is needed to answer it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ShardQuestion {
+pub struct ShardQuestion {
     /// Chosen by the asker, and the same when it asks again.
     pub(crate) number: u64,
     pub(crate) model: String,
@@ -55,24 +55,30 @@ pub(crate) struct Piece {
 
 /// The question cannot be sent.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum EncodeQuestionError {
+pub enum EncodeQuestionError {
+    /// The broker takes no message of this size.
     #[error(
         "a question of {0} bytes to a shard server is too large: ask about fewer candidates, or give a suffix"
     )]
     TooLarge(usize),
+    /// The archive could not be written.
     #[error("a question to a shard server could not be archived: {0}")]
     Archive(rkyv::rancor::Error),
 }
 
 /// A received question is not usable. It is dropped, and whoever asked says what is missing.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ParseQuestionError {
+pub enum ParseQuestionError {
+    /// Longer than allowed.
     #[error("question of {0} bytes (at most {MAX_MESSAGE_BYTES})")]
     Size(usize),
+    /// Not a question of this version, or damaged.
     #[error(transparent)]
     Sealed(#[from] OpenError),
+    /// The body is not a valid archive.
     #[error("archive is not valid: {0}")]
     Archive(rkyv::rancor::Error),
+    /// Its parts do not fit together.
     #[error("question is inconsistent: {0}")]
     Inconsistent(&'static str),
 }
@@ -117,7 +123,8 @@ const ANY_SHARD: u16 = u16::MAX;
 // === impl ShardQuestion ===
 
 impl ShardQuestion {
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, EncodeQuestionError> {
+    /// The question as a message.
+    pub fn encode(&self) -> Result<Vec<u8>, EncodeQuestionError> {
         let chains = self.chains.iter().map(|chain| {
             let variant = chain.variant.unwrap_or_default();
             wire::Chain {
@@ -161,7 +168,8 @@ impl ShardQuestion {
         Ok(out)
     }
 
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ParseQuestionError> {
+    /// Checks everything about a received question.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ParseQuestionError> {
         if bytes.len() > MAX_MESSAGE_BYTES {
             return Err(ParseQuestionError::Size(bytes.len()));
         }

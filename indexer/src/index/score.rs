@@ -45,13 +45,13 @@ impl Index {
     }
 
     /// What has to be asked about a query, of whoever owns the shards that it falls into.
-    pub(crate) fn inquire<'q>(&self, query: &'q ScoreQuery<'_>) -> Result<Inquiry<'q>, BlockSizeMismatch> {
+    pub fn inquire<'q>(&self, query: &'q ScoreQuery<'_>) -> Result<Inquiry<'q>, BlockSizeMismatch> {
         let subject = self.subject(query)?;
         Ok(Inquiry::new(query, subject, self.partition(), self.hasher()))
     }
 
     /// The answer to a query from what was found in the shards. `now_ms` is when.
-    pub(crate) fn conclude(
+    pub fn conclude(
         &self,
         query: &ScoreQuery<'_>,
         inquiry: Inquiry<'_>,
