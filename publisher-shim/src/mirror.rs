@@ -240,7 +240,7 @@ impl Mirror {
         }
         self.visible = 0;
         // A hash whose tokens nobody ever said, or whose parent is not known, carries no knowledge once it is gone.
-        self.hashes.retain(|_, entry| entry.linked);
+        self.hashes.retain(|_, entry| entry.is_linked());
         self.unresolved = 0;
         self.waiting.clear();
         self.waiters.clear();

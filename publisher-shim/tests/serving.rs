@@ -12,7 +12,7 @@ use kvatlas_bus::{Bus, BusMessage, InProcessBus, InProcessConfig, Subscription};
 use kvatlas_proto::frame::{FramePart, FrameView};
 use kvatlas_proto::request::{Request, RequestId, Want};
 use kvatlas_proto::subject::{Asker, Subjects};
-use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, SourceId};
+use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Partition, ShardId, SourceId};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Progress, Shim, ShimConfig};
 use kvatlas_shim::zmq::Attach;
@@ -89,7 +89,8 @@ impl Rig {
     }
 
     async fn ask(&self, epoch: Epoch, want: Want) {
-        let payload = Request { id: RequestId(5), epoch, want }.encode().unwrap().into();
+        let payload =
+            Request { id: RequestId(5), epoch, shard: ShardId::WHOLE, want }.encode().unwrap().into();
         let reply = Some(self.subjects.reply(&asker(), &source()));
         self.bus
             .send(BusMessage { subject: self.subjects.control(&source()), reply, payload })
@@ -148,6 +149,7 @@ fn config(events: &str, replay: Option<String>) -> ShimConfig {
         block_size: None,
         removal: RemovalPolicy::PerCopy,
         hasher: KeyHasher::default(),
+        partition: Partition::WHOLE,
         limits: MirrorLimits::default(),
         subjects: Subjects::default(),
     }
