@@ -78,7 +78,7 @@ pub fn any_step() -> impl Strategy<Value = Step> {
 /// The key space in one piece or cut, and how many blocks all prompts begin with: most prompts go over a cut.
 pub fn any_partition() -> impl Strategy<Value = (Partition, usize)> {
     prop_oneof![
-        1 => Just((Partition::WHOLE, 0)),
+        1 => prop_oneof![Just(0), Just(30)].prop_map(|lead| (Partition::WHOLE, lead)),
         2 => (2..9u32, prop_oneof![Just(0), Just(30), Just(61)])
             .prop_map(|(number, lead)| (super::shards(number), lead)),
     ]
