@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 
 use common::engine::{BLOCK, Engine, Step};
 use common::{Reader, StoredEvent, batch_at, cleared, removed, shards};
@@ -366,7 +367,7 @@ fn said(frame: &[u8]) -> String {
             Change::Bucket { .. } => unreachable!("only repairs have buckets"),
         };
         let keys: Vec<_> = keys.iter().map(|key| format!("{:x}", key.0)).collect();
-        text += &format!(" {} {what} {keys:?}", op.owner);
+        write!(text, " {} {what} {keys:?}", op.owner).unwrap();
     }
     text
 }

@@ -118,3 +118,24 @@ impl PublishLimits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::sent::{SENT_BYTES, SENT_FRAMES};
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_divided_among_lanes_down_to_a_minimum() {
+        let kept = |limits: PublishLimits, shards: u32| {
+            let lane = limits.of_lane(Partition::new(shards).unwrap());
+            (lane.sent_frames, lane.sent_bytes)
+        };
+        let defaults = PublishLimits::default();
+        assert_eq!(kept(defaults, 1), (SENT_FRAMES, SENT_BYTES));
+        assert_eq!(kept(defaults, 64), (SENT_FRAMES / 64, SENT_BYTES / 64));
+        assert_eq!(kept(defaults, 1_024), (MIN_SENT_FRAMES, MIN_SENT_BYTES));
+        // What is less than the minimum in all is so in each.
+        let small = PublishLimits { sent_frames: 12, sent_bytes: 4_096, ..defaults };
+        assert_eq!((kept(small, 1), kept(small, 64)), ((12, 4_096), (12, 4_096)));
+    }
+}

@@ -175,9 +175,9 @@ impl Engine {
                 let first = (0..blocks).find(|&b| !self.copies.contains_key(&(0, self.hash(prompt, b))));
                 let Some(first) = first else { return vec![] };
                 let chain = self.chain(prompt, blocks);
-                for block in first..blocks {
+                for (block, key) in chain.iter().enumerate().skip(first) {
                     self.add(prompt, block, 0);
-                    self.keys.insert(self.hash(prompt, block), chain[block].0);
+                    self.keys.insert(self.hash(prompt, block), key.0);
                 }
                 vec![self.stored(prompt, first..blocks, 0).map()]
             }
