@@ -25,6 +25,7 @@ use crate::{
 };
 
 mod config;
+pub mod leases;
 
 pub use config::{ClientIdentity, ConnectError, NatsAuth, NatsConfig, NatsTls};
 
