@@ -1,4 +1,4 @@
-//! A real nats-server for tests, on a free loopback port, ended with its value.
+//! Real nats-servers for tests, on free loopback ports, ended with their values: one alone, or a cluster.
 //!
 //! The binary is `$KVATLAS_NATS_SERVER`, else `target/tools/nats-server` of this workspace, else `nats-server` in
 //! `PATH`. Without one a test skips itself and says so on standard error, unless `KVATLAS_REQUIRE_SERVERS=1`: then its
@@ -8,7 +8,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,6 +41,19 @@ pub struct NatsServer {
     folder: TempDir,
 }
 
+/// Several nats-servers that are one cluster with JetStream. Dropping it ends all of them and deletes their folders.
+#[derive(Debug)]
+pub struct NatsCluster {
+    nodes: Vec<ClusterNode>,
+}
+
+#[derive(Debug)]
+struct ClusterNode {
+    server: NatsServer,
+    /// Where it says whether it is in order.
+    monitor: u16,
+}
+
 /// A child that does not outlive its owner.
 #[derive(Debug)]
 struct Process(Child);
@@ -55,21 +68,8 @@ impl NatsServer {
 
     /// Like [`Self::start`], with further command line arguments, such as `["--user", "u", "--pass", "p"]`.
     pub fn start_with(arguments: &[&str]) -> Option<Self> {
-        let Some(binary) = find_binary() else {
-            let test = thread::current().name().unwrap_or("a test").to_owned();
-            assert!(
-                std::env::var_os(REQUIRE_VARIABLE).is_none_or(|value| value != "1"),
-                "{test} needs nats-server and {REQUIRE_VARIABLE}=1 forbids skipping: run scripts/provision"
-            );
-            #[allow(clippy::print_stderr, reason = "a skipped test has no other way to say so")]
-            {
-                eprintln!("skipped: {test} needs nats-server (run scripts/test to provision it)");
-            }
-            return None;
-        };
-        let folder = tempfile::tempdir().expect("a folder for the server's files");
-        let arguments = arguments.iter().map(OsString::from).collect();
-        let mut server = Self { binary, arguments, port: 0, process: None, folder };
+        let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+        let mut server = Self::stopped(find_or_skip()?, 0, arguments);
         for _ in 0..PORT_ATTEMPTS {
             server.port = free_port();
             if server.launch() {
@@ -77,6 +77,16 @@ impl NatsServer {
             }
         }
         panic!("nats-server did not start on any of {PORT_ATTEMPTS} ports: {}", server.log());
+    }
+
+    /// Like [`Self::start`], with JetStream. What is stored survives [`Self::restart`].
+    pub fn start_jetstream() -> Option<Self> {
+        Self::start_with(&["-js"])
+    }
+
+    fn stopped(binary: PathBuf, port: u16, arguments: Vec<OsString>) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the server's files");
+        Self { binary, arguments, port, process: None, folder }
     }
 
     /// Where clients connect, without credentials.
@@ -92,6 +102,10 @@ impl NatsServer {
     /// Ends the process, if it runs, and starts a new one on the same port.
     pub fn restart(&mut self) {
         self.stop();
+        self.launch_again();
+    }
+
+    fn launch_again(&mut self) {
         for _ in 0..PORT_ATTEMPTS {
             if self.launch() {
                 return;
@@ -100,6 +114,12 @@ impl NatsServer {
             thread::sleep(Duration::from_millis(200));
         }
         panic!("nats-server did not start again on port {}: {}", self.port, self.log());
+    }
+
+    /// Deletes what a stopped server has stored.
+    pub fn forget(&mut self) {
+        assert!(self.process.is_none(), "only a stopped server forgets");
+        self.folder = tempfile::tempdir().expect("a folder for the server's files");
     }
 
     fn address(&self) -> SocketAddr {
@@ -144,6 +164,96 @@ impl NatsServer {
     }
 }
 
+// === impl NatsCluster ===
+
+impl NatsCluster {
+    /// Starts a cluster of so many servers and waits until every one has found the others and keeps buckets; `None` (and a
+    /// line on standard error) where there is no binary and none is required.
+    pub fn start(servers: usize) -> Option<Self> {
+        let binary = find_or_skip()?;
+        for _ in 0..PORT_ATTEMPTS {
+            let mut cluster = Self { nodes: nodes(&binary, servers) };
+            // The first server waits for nobody: those that come later find it.
+            if cluster.nodes.iter_mut().all(|node| node.server.launch()) {
+                (0..servers).for_each(|node| cluster.wait_until_well(node));
+                return Some(cluster);
+            }
+        }
+        panic!("a cluster of {servers} nats-servers did not start on any of {PORT_ATTEMPTS} sets of ports");
+    }
+
+    /// Where clients connect, by server. A client that is given one learns the others.
+    pub fn urls(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.server.url()).collect()
+    }
+
+    /// Ends one server at once, as a crash does. It stays stopped until [`Self::restart`].
+    pub fn kill(&mut self, node: usize) {
+        self.nodes[node].server.stop();
+    }
+
+    /// Ends one server, if it runs, starts it again with what it had stored, and waits until it keeps buckets again. The
+    /// others must be a majority, or nothing can be kept.
+    pub fn restart(&mut self, node: usize) {
+        self.start_again(node);
+        self.wait_until_well(node);
+    }
+
+    /// The same for all of them at once.
+    pub fn restart_all(&mut self) {
+        let all = 0..self.nodes.len();
+        all.clone().for_each(|node| self.kill(node));
+        all.clone().for_each(|node| self.start_again(node));
+        all.for_each(|node| self.wait_until_well(node));
+    }
+
+    fn start_again(&mut self, node: usize) {
+        self.kill(node);
+        self.nodes[node].server.launch_again();
+    }
+
+    fn wait_until_well(&self, node: usize) {
+        let ClusterNode { server, monitor } = &self.nodes[node];
+        let started = Instant::now();
+        while !is_well(*monitor) {
+            assert!(
+                started.elapsed() < START_TIMEOUT,
+                "nats-server {node} of the cluster is not well within {START_TIMEOUT:?}: {}",
+                server.log()
+            );
+            thread::sleep(START_POLL);
+        }
+    }
+}
+
+/// Servers that know each other's addresses, not started yet.
+fn nodes(binary: &Path, servers: usize) -> Vec<ClusterNode> {
+    let ports = free_ports(3 * servers);
+    let (clients, others) = ports.split_at(servers);
+    let (monitors, routes) = others.split_at(servers);
+    let url = |port: &u16| format!("nats://127.0.0.1:{port}");
+    let all: Vec<String> = routes.iter().map(url).collect();
+    let node = |number: usize| {
+        let name = format!("n{number}");
+        let monitor = monitors[number].to_string();
+        let arguments = [
+            ["--name", name.as_str()],
+            ["--cluster_name", "kvatlas-test"],
+            ["--cluster", all[number].as_str()],
+            ["--routes", all.join(",").as_str()],
+            ["--http_port", monitor.as_str()],
+        ]
+        .concat()
+        .into_iter()
+        .chain(["-js"])
+        .map(OsString::from)
+        .collect();
+        let server = NatsServer::stopped(binary.to_owned(), clients[number], arguments);
+        ClusterNode { server, monitor: monitors[number] }
+    };
+    (0..servers).map(node).collect()
+}
+
 // === impl Process ===
 
 impl Drop for Process {
@@ -152,6 +262,23 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The binary, or a line about its absence.
+fn find_or_skip() -> Option<PathBuf> {
+    let found = find_binary();
+    if found.is_none() {
+        let test = thread::current().name().unwrap_or("a test").to_owned();
+        assert!(
+            std::env::var_os(REQUIRE_VARIABLE).is_none_or(|value| value != "1"),
+            "{test} needs nats-server and {REQUIRE_VARIABLE}=1 forbids skipping: run scripts/provision"
+        );
+        #[allow(clippy::print_stderr, reason = "a skipped test has no other way to say so")]
+        {
+            eprintln!("skipped: {test} needs nats-server (run scripts/test to provision it)");
+        }
+    }
+    found
 }
 
 fn find_binary() -> Option<PathBuf> {
@@ -169,8 +296,27 @@ fn find_binary() -> Option<PathBuf> {
 }
 
 fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free loopback port");
-    listener.local_addr().expect("the address of a bound socket").port()
+    free_ports(1)[0]
+}
+
+/// Different ports: each is held until all are found.
+fn free_ports(count: usize) -> Vec<u16> {
+    let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free loopback port");
+    let listeners: Vec<TcpListener> = (0..count).map(bind).collect();
+    let port = |listener: &TcpListener| listener.local_addr().expect("the address of a bound socket").port();
+    listeners.iter().map(port).collect()
+}
+
+/// Whether the server calls itself in order, which with JetStream includes that the cluster has a leader.
+fn is_well(monitor: u16) -> bool {
+    let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, monitor)) else {
+        return false;
+    };
+    let mut status = [0_u8; 12];
+    stream.set_read_timeout(Some(GREETING_TIMEOUT)).is_ok()
+        && stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").is_ok()
+        && stream.read_exact(&mut status).is_ok()
+        && status.ends_with(b" 200")
 }
 
 /// A NATS server speaks first, with `INFO`. Waiting for it (and not just for an open port) means that the server is
