@@ -185,7 +185,8 @@ impl Presence {
             let gain = |content: &[bool]| rest.iter().filter(|shard| content[usize::from(**shard)]).count();
             // Of sets that have as much, the first: so all servers ask alike.
             let best = (0..sets.len()).max_by_key(|at| (gain(&sets[*at].1), std::cmp::Reverse(*at)));
-            let Some((set, content)) = best.filter(|at| gain(&sets[*at].1) > 0).map(|at| sets.remove(at)) else {
+            let Some((set, content)) = best.filter(|at| gain(&sets[*at].1) > 0).map(|at| sets.remove(at))
+            else {
                 break;
             };
             let (has, others) = rest.iter().partition(|shard| content[usize::from(**shard)]);
