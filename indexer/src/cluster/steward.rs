@@ -27,7 +27,7 @@ use crate::ingest::{Owned, TaggedSubscription};
 use crate::server::Readiness;
 
 /// Time between two looks at what has become ready.
-const TICK: Duration = Duration::from_millis(20);
+const TICK: Duration = Duration::from_millis(50);
 /// How long the new division has to be complete before the old one is given up: longer than an announcement takes to be
 /// everywhere, so that nobody asks who has let go.
 const HANDOVER_GRACE: Duration = Duration::from_secs(1);
