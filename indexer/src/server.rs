@@ -82,6 +82,8 @@ pub struct IndexServerConfig {
     pub checkpoint: Option<CheckpointConfig>,
     /// Which part of the key space is this server's; `None`: all of it, in one piece.
     pub cluster: Option<ClusterConfig>,
+    /// What others call this life of the server; no other may have the name, not even its next life. `None`: one is made up.
+    pub name: Option<Asker>,
 }
 
 /// Starts index servers.
@@ -134,6 +136,7 @@ impl IndexServerConfig {
             discovery: Duration::ZERO,
             checkpoint: None,
             cluster: None,
+            name: None,
         }
     }
 }
@@ -159,7 +162,7 @@ impl IndexServer {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         let (reflection_v1, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-        let asker = asker();
+        let asker = config.name.clone().unwrap_or_else(asker);
         let subscribe = async |filter: String| {
             bus.subscribe(filter.clone()).await.map_err(|source| subscribe_error(&bus, filter, source))
         };
