@@ -18,7 +18,11 @@ use serde::Deserialize;
 use crate::engine::EngineSpec;
 use crate::failure::Failure;
 
-/// Where the gRPC service listens if nothing else is said: loopback, because there is no authentication yet.
+mod access;
+
+pub use access::{AuthSettings, LimitSettings, TlsSettings};
+
+/// Where the gRPC service listens if nothing else is said: loopback, where nobody else's network is.
 pub const DEFAULT_GRPC: &str = "127.0.0.1:7460";
 /// Where metrics and health checks are served if nothing else is said.
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7461";
@@ -45,6 +49,12 @@ pub struct Settings {
     pub shim: ShimSettings,
     #[command(flatten)]
     pub server: ServerSettings,
+    #[command(flatten)]
+    pub tls: TlsSettings,
+    #[command(flatten)]
+    pub auth: AuthSettings,
+    #[command(flatten)]
+    pub limits: LimitSettings,
 }
 
 /// `[keys]`: how block keys are computed.
@@ -181,6 +191,9 @@ impl Settings {
             nats: self.nats.or(file.nats),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
             server: self.server.or(file.server),
+            tls: self.tls.or(file.tls),
+            auth: self.auth.or(file.auth),
+            limits: self.limits.or(file.limits),
         }
     }
 }
