@@ -8,6 +8,7 @@
 //! * [`frame`]: the event frames on the bus: versioned, checksummed, validated before they are read.
 //! * [`request`]: what an index asks a publisher when it has missed something.
 //! * [`subject`]: every NATS subject, built and parsed in one place.
+//! * [`permissions`]: what each role may do with those subjects on a broker.
 //! * [`grpc`]: the generated `kvatlas.v1` service.
 //!
 //! There is no IO here: no socket, no clock, no runtime.
@@ -17,6 +18,7 @@ pub mod frame;
 pub mod grpc;
 pub mod ids;
 pub mod keys;
+pub mod permissions;
 pub mod request;
 pub mod scope;
 pub mod sealed;

@@ -264,13 +264,12 @@ impl NatsSettings {
     }
 
     fn auth(&self) -> Result<NatsAuth, Failure> {
-        let password = self.password_file.as_deref().map(read_text).transpose()?;
-        match (&self.credentials_file, &self.nkey_file, &self.user, password) {
+        match (&self.credentials_file, &self.nkey_file, &self.user, &self.password_file) {
             (None, None, None, None) => Ok(NatsAuth::None),
             (Some(file), None, None, None) => Ok(NatsAuth::CredentialsFile(file.clone())),
             (None, Some(file), None, None) => Ok(NatsAuth::NkeySeedFile(file.clone())),
-            (None, None, Some(user), Some(password)) => {
-                Ok(NatsAuth::UserPassword { user: user.clone(), password: password.trim_end().to_owned() })
+            (None, None, Some(user), Some(file)) => {
+                Ok(NatsAuth::UserPasswordFile { user: user.clone(), password_file: file.clone() })
             }
             _ => Err(Failure::usage(
                 "give one way to log in to the broker: --nats-credentials-file, --nats-nkey-file, or --nats-user with \
