@@ -144,11 +144,10 @@ impl Stage {
     async fn start() -> Option<Self> {
         let nats = NatsServer::start_jetstream()?;
         let mut engines = Vec::new();
-        let mut arguments: Vec<String> = ["--log", "warn", "shim", "--http-listen", "127.0.0.1:0"]
-            .into_iter()
-            .chain(["--shards", SHARDS, "--nats", &nats.url()])
-            .map(str::to_owned)
-            .collect();
+        let url = nats.url();
+        let shim = ["--log", "warn", "shim", "--http-listen", "127.0.0.1:0"];
+        let on = ["--shards", SHARDS, "--nats", &url];
+        let mut arguments: Vec<String> = shim.into_iter().chain(on).map(str::to_owned).collect();
         for engine in 0..ENGINES {
             let publisher = EnginePublisher::bind(PublisherConfig::default()).await.unwrap();
             let at = publisher.endpoints();
@@ -180,8 +179,8 @@ impl Stage {
     }
 
     fn cluster(&self, arguments: &[&str]) -> Output {
-        let given = [&["--log", "warn", "cluster"][..], arguments, &["--nats", &self.nats.url()]].concat();
-        kvatlas(&given).output().unwrap()
+        let url = self.nats.url();
+        kvatlas(&[&["--log", "warn", "cluster"][..], arguments, &["--nats", &url]].concat()).output().unwrap()
     }
 
     fn status(&self) -> Value {

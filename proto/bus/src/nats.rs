@@ -25,6 +25,7 @@ use crate::{
 };
 
 mod config;
+mod credentials;
 pub mod leases;
 
 pub use config::{ClientIdentity, ConnectError, NatsAuth, NatsConfig, NatsTls};

@@ -35,6 +35,7 @@ const PORT_ATTEMPTS: usize = 10;
 pub struct NatsServer {
     binary: PathBuf,
     arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
     port: u16,
     // Declared before the folder: fields drop in this order, so the process is gone before its files are.
     process: Option<Process>,
@@ -68,8 +69,14 @@ impl NatsServer {
 
     /// Like [`Self::start`], with further command line arguments, such as `["--user", "u", "--pass", "p"]`.
     pub fn start_with(arguments: &[&str]) -> Option<Self> {
+        Self::start_in(arguments, &[])
+    }
+
+    /// The same, with variables that a configuration file refers to.
+    pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Option<Self> {
         let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
         let mut server = Self::stopped(find_or_skip()?, 0, arguments);
+        server.environment = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
         for _ in 0..PORT_ATTEMPTS {
             server.port = free_port();
             if server.launch() {
@@ -86,7 +93,7 @@ impl NatsServer {
 
     fn stopped(binary: PathBuf, port: u16, arguments: Vec<OsString>) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the server's files");
-        Self { binary, arguments, port, process: None, folder }
+        Self { binary, arguments, environment: Vec::new(), port, process: None, folder }
     }
 
     /// Where clients connect, without credentials.
@@ -135,6 +142,7 @@ impl NatsServer {
             .arg("--log")
             .arg(self.log_path())
             .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
