@@ -214,6 +214,30 @@ fn wrong_settings_say_what_to_change() {
 }
 
 #[test]
+fn a_lease_of_shards_is_refused_where_it_cannot_be() {
+    let nats = ["--nats", "nats://127.0.0.1:1"];
+    let lease = |extra: &[&'static str]| [&["serve", "--shard-lease"][..], &nats, extra].concat();
+    refuses(&lease(&["--shards", "64", "--shard-ordinal", "0"]), 2, "--shard-ordinal are two ways");
+    refuses(&lease(&[]), 2, "--shards, for example 64");
+    refuses(&lease(&["--shards", "4", "--shard-servers", "8"]), 2, "each needs one");
+    refuses(&["serve", "--shard-lease", "--shards", "64", "--engine", ENGINE], 2, "--nats");
+    refuses(&["cluster", "status"], 2, "--nats");
+    refuses(&["cluster", "resize", "--servers", "2", "--nats", "nats://127.0.0.1:1"], 1, "127.0.0.1:1");
+    assert_eq!(run(&["cluster", "resize", "--nats", "nats://127.0.0.1:1"]).status.code(), Some(2));
+}
+
+#[test]
+fn the_help_of_a_cluster_says_what_a_resize_needs() {
+    let help = |arguments: &[&str]| String::from_utf8(run(arguments).stdout).unwrap();
+    let resize = help(&["cluster", "resize", "--help"]);
+    for word in ["--servers", "--wait", "--timeout-s", "--json", "--shard-lease", "old division answers"] {
+        assert!(resize.contains(word), "{word} is not in:\n{resize}");
+    }
+    let serve = help(&["serve", "--help"]);
+    assert!(serve.contains("kvatlas cluster resize") && serve.contains("nats-server 2.11"), "{serve}");
+}
+
+#[test]
 fn the_demo_shows_cache_aware_routing_far_ahead() {
     let output = run(&["--log", "warn", "demo", "--once", "--json", "--conversations", "120"]);
     assert!(output.status.success(), "{output:?}");
