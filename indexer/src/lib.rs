@@ -15,7 +15,6 @@ mod bits;
 mod burst;
 mod changes;
 mod checkpoint;
-mod checkpoint_file;
 mod clock;
 pub mod engine;
 mod held;
@@ -35,6 +34,7 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
+pub mod store;
 mod trust;
 
 // Shared with the integration tests, where `pub` is needed.
@@ -45,7 +45,6 @@ mod frames;
 
 pub use bits::Bits;
 pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
-pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
 pub use held::{HELD_BYTES, HELD_FRAMES, RecoveryLimits};
 pub use http::{HttpServer, ListenError};
 pub use index::{
@@ -64,3 +63,4 @@ pub use server::{
     RunningIndexServer, StartError,
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};
+pub use store::{CHECKPOINT_INTERVAL, CheckpointConfig, CheckpointStore};

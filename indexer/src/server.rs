@@ -24,7 +24,6 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::checkpoint_file::{self, CheckpointConfig};
 use crate::clock::Clock;
 use crate::http::{self, HttpState, ListenError, listen};
 use crate::index::{Index, IndexLimits};
@@ -33,6 +32,7 @@ use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::request::MAX_PROMPT_TOKENS;
 use crate::service::AtlasService;
+use crate::store::{self, CheckpointConfig, Loading};
 
 /// Largest request, bytes: the most token ids at five bytes each (the longest varint of 32 bits), and a mebibyte for
 /// candidates and multimodal items.
@@ -166,14 +166,20 @@ impl IndexServer {
         let index = Arc::new(Index::new(config.limits, config.key_seed));
         let metrics = Arc::new(Metrics::default());
         let (clock, stop) = (Clock::start(), CancellationToken::new());
-        if let Some(checkpoint) = &config.checkpoint {
-            // Events that arrive meanwhile wait in the subscription.
-            checkpoint_file::load(&index, &checkpoint.path, clock.now_ms(), &metrics);
-        }
+        let (loaded_in, loaded) = watch::channel(config.checkpoint.is_none());
+        let loading = config.checkpoint.as_ref().map(|checkpoint| Loading {
+            store: Arc::clone(&checkpoint.store),
+            index: Arc::clone(&index),
+            max_bytes: store::max_bytes(config.limits.blocks),
+            metrics: Arc::clone(&metrics),
+            clock,
+            loaded: loaded_in,
+        });
         let (health, health_service) = tonic_health::server::health_reporter();
         let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
         let ready = readiness.ready.subscribe();
-        readiness.set(config.discovery.is_zero()).await;
+        let is_complete_once_loaded = config.discovery.is_zero();
+        readiness.set(is_complete_once_loaded && loading.is_none()).await;
         let mut tasks = JoinSet::new();
 
         let (requests_in, requests) = mpsc::channel(REQUEST_QUEUE);
@@ -189,6 +195,13 @@ impl IndexServer {
         // A thread of its own: a large change keeps it busy for a while, and queries shall not wait for that, nor it for
         // them.
         tasks.spawn_blocking(move || {
+            if let Some(loading) = loading {
+                // Events that arrive meanwhile wait in the subscription. Questions are answered, and told that more is to come.
+                runtime.block_on(loading.run(stop_ingest.clone()));
+                if is_complete_once_loaded {
+                    runtime.block_on(on_closed.set(true));
+                }
+            }
             if runtime.block_on(ingest.run(events, replies, stop_ingest)) {
                 return;
             }
@@ -207,15 +220,17 @@ impl IndexServer {
             stop.clone(),
         ));
         if let Some(checkpoint) = config.checkpoint {
-            tasks.spawn(checkpoint_file::keep(
+            tasks.spawn(store::keep(
                 Arc::clone(&index),
                 checkpoint,
                 Arc::clone(&metrics),
+                clock,
+                loaded.clone(),
                 stop.clone(),
             ));
         }
         if !config.discovery.is_zero() {
-            let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery };
+            let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery, loaded };
             tasks.spawn(discovery.run(bus, config.subjects, readiness, stop.clone()));
         }
         tasks.spawn(end_leases(Arc::clone(&index), Arc::clone(&metrics), clock, stop.clone()));
@@ -226,7 +241,10 @@ impl IndexServer {
             let (totals_of, totals_to) = (Arc::clone(&index), Arc::clone(&metrics));
             let state = HttpState {
                 registry: Arc::new(registry),
-                refresh: Arc::new(move || totals_to.set_totals(&totals_of.totals(clock.now_ms()))),
+                refresh: Arc::new(move || {
+                    totals_to.set_checkpoint_age(clock.now_ms());
+                    totals_to.set_totals(&totals_of.totals(clock.now_ms()));
+                }),
                 ready: ready.clone(),
             };
             tasks.spawn(http::serve(listener, state, stop.clone()));
@@ -279,6 +297,7 @@ struct Discovery {
     index: Arc<Index>,
     clock: Clock,
     wait: Duration,
+    loaded: watch::Receiver<bool>,
 }
 
 // === impl Readiness ===
@@ -296,8 +315,16 @@ impl Readiness {
 // === impl Discovery ===
 
 impl Discovery {
-    async fn run(self, bus: Arc<dyn Bus>, subjects: Subjects, readiness: Readiness, stop: CancellationToken) {
+    async fn run(
+        mut self,
+        bus: Arc<dyn Bus>,
+        subjects: Subjects,
+        readiness: Readiness,
+        stop: CancellationToken,
+    ) {
         let found_out = async {
+            // An error means that the server ends.
+            let _ = self.loaded.wait_for(|loaded| *loaded).await;
             // Twice, for the first can be lost.
             for _ in 0..2 {
                 if let Err(error) = bus.publish(subjects.hello(), Bytes::new()).await {

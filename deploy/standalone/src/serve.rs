@@ -117,7 +117,7 @@ async fn start_server(
     if let Some(blocks) = settings.server.max_blocks {
         config.limits.blocks = blocks;
     }
-    config.checkpoint = settings.server.checkpoint()?;
+    config.checkpoint = settings.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
     }
