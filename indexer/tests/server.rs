@@ -161,6 +161,8 @@ async fn a_restarted_server_takes_its_checkpoint_in_and_counts_it_once_it_is_pro
 /// A store that does not answer, and notes what it is asked to keep.
 #[derive(Debug, Default)]
 struct SilentStore {
+    /// Loading is answered: there is nothing.
+    is_empty: bool,
     is_loading: tokio::sync::Notify,
     saves: std::sync::atomic::AtomicUsize,
 }
@@ -177,6 +179,9 @@ impl CheckpointStore for SilentStore {
 
     async fn load(&self, _: u64) -> Result<Option<Vec<u8>>, LoadError> {
         self.is_loading.notify_one();
+        if self.is_empty {
+            return Ok(None);
+        }
         std::future::pending().await
     }
 
@@ -198,6 +203,22 @@ async fn while_a_store_does_not_answer_questions_are_answered_as_incomplete_and_
     assert!(stage.get("/readyz").await.0.contains("503"));
     assert!(stage.server.shutdown().await, "nobody waits for it");
     assert_eq!(store.saves.load(std::sync::atomic::Ordering::Relaxed), 0, "an empty index replaces nothing");
+}
+
+#[tokio::test]
+async fn a_save_that_does_not_end_is_the_only_one_and_does_not_hold_the_end_up() {
+    let store = Arc::new(SilentStore { is_empty: true, ..SilentStore::default() });
+    let interval = std::time::Duration::from_millis(1);
+    let checkpoint = Some(CheckpointConfig { store: store.clone(), interval });
+    let stage = Stage::with(IndexServerConfig { checkpoint, ..config() }).await;
+    let saves = || store.saves.load(std::sync::atomic::Ordering::Relaxed);
+    let mut a = Publisher::new("m", "a:1");
+    stage.publish(&mut a, &[Op::Stored(0, vec![1])]).await;
+    stage.until("a save has begun", || saves() == 1).await;
+    stage.publish(&mut a, &[Op::Stored(0, vec![1, 2])]).await;
+    tokio::time::sleep(20 * interval).await;
+    assert!(stage.server.shutdown().await);
+    assert_eq!(saves(), 1);
 }
 
 #[tokio::test]

@@ -5,7 +5,8 @@
 mod frames;
 
 use std::ffi::OsString;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ const LOG_LINES: usize = 10_000;
 struct Running {
     child: Child,
     lines: Receiver<String>,
+    /// Lines that were read already: what a test waits for may have been said before.
+    seen: Vec<String>,
 }
 
 // === impl Running ===
@@ -54,23 +57,44 @@ impl Running {
         std::thread::spawn(move || {
             stderr.lines().map_while(Result::ok).try_for_each(|line| lines_in.send(line))
         });
-        Self { child, lines }
+        Self { child, lines, seen: Vec::new() }
     }
 
-    /// Reads the log until a message contains `wanted`, and returns its fields.
+    /// The fields of the message that contains `wanted`, whether it is in the log or yet to come.
     fn wait_for(&mut self, wanted: &str) -> Value {
+        let fields = |line: &str| serde_json::from_str::<Value>(line).unwrap_or_default()["fields"].take();
+        let is_wanted =
+            |fields: &Value| fields["message"].as_str().is_some_and(|message| message.contains(wanted));
+        if let Some(found) = self.seen.iter().map(|line| fields(line)).find(is_wanted) {
+            return found;
+        }
         let deadline = Instant::now() + PATIENCE;
-        let mut seen = String::new();
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             assert!(!line.contains(PASSWORD), "{line}");
-            let json: Value = serde_json::from_str(&line).unwrap_or_default();
-            if json["fields"]["message"].as_str().is_some_and(|message| message.contains(wanted)) {
-                return json["fields"].clone();
+            let found = fields(&line);
+            self.seen.push(line);
+            if is_wanted(&found) {
+                return found;
             }
-            seen.push_str(&line);
-            seen.push('\n');
         }
-        panic!("{wanted:?} did not appear in:\n{seen}");
+        panic!("{wanted:?} did not appear in:\n{}", self.seen.join("\n"));
+    }
+
+    /// Waits until the metrics page has this line.
+    fn wait_for_metric(&mut self, wanted: &str) {
+        let http = self.wait_for("kvatlas is up")["http"].as_str().unwrap().to_owned();
+        let asked = Instant::now();
+        loop {
+            let mut stream = TcpStream::connect(&http).unwrap();
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").unwrap();
+            let mut page = String::new();
+            stream.read_to_string(&mut page).unwrap();
+            if page.lines().any(|line| line == wanted) {
+                return;
+            }
+            assert!(asked.elapsed() < PATIENCE, "{wanted:?} did not appear in:\n{page}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Sends SIGTERM and waits for the end.
@@ -107,11 +131,10 @@ async fn publish(nats: &NatsServer, publisher: &mut Publisher) {
 async fn goes_on_from_what_it_held(nats: &NatsServer, settings: &[(&str, OsString)]) {
     let mut server = Running::start(nats, settings);
     server.wait_for("there is no checkpoint yet");
-    // What was sent before the server subscribed is lost; afterwards frames wait for it in its subscription.
+    // What was sent before the server subscribed would be lost.
     server.wait_for("kvatlas is up");
     publish(nats, &mut Publisher::new("m", "10.0.0.7:8000")).await;
-    // Handing frames over and taking them in are two things; the server says nothing about a single frame.
-    server.wait_for("publishers are found out");
+    server.wait_for_metric("kvatlas_index_blocks 3");
     server.terminate();
 
     let mut server = Running::start(nats, settings);
@@ -183,7 +206,8 @@ async fn a_server_whose_store_is_away_starts_cold_and_ends_in_time() {
     let mut server = Running::start(&nats, &[("KVATLAS_CHECKPOINT_STORE", url.into())]);
     let fields = server.wait_for("the last checkpoint cannot be used");
     assert_eq!(fields["reason"], "unreachable", "{fields}");
-    server.wait_for("publishers are found out");
+    server.wait_for("kvatlas is up");
     publish(&nats, &mut Publisher::new("m", "10.0.0.7:8000")).await;
+    server.wait_for_metric("kvatlas_index_blocks 3");
     server.terminate();
 }
