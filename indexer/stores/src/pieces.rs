@@ -235,7 +235,7 @@ mod tests {
     async fn a_store_that_fails_ends_the_writer_and_is_the_reason() {
         let endless: WriteCheckpoint = Box::new(|out| {
             loop {
-                out.write_all(&[7; 1 << 16])?;
+                out.write_all(&[7; 1 << 13])?;
             }
         });
         let saved = save(endless, |mut pieces| async move {

@@ -201,7 +201,5 @@ async fn until(stage: &Stage, page: &str, wanted: &str) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
-    if waited.await.is_err() {
-        panic!("{page} never showed {wanted}:\n{}", stage.get(page).await.1);
-    }
+    assert!(waited.await.is_ok(), "{page} never showed {wanted}:\n{}", stage.get(page).await.1);
 }
