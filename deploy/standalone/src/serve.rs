@@ -123,7 +123,7 @@ async fn start_server(
     config.tls = settings.tls.files()?;
     config.auth_file = settings.auth.file.clone();
     config.serving = settings.limits.serving()?;
-    config.checkpoint = settings.server.checkpoint()?;
+    config.checkpoint = settings.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
     }

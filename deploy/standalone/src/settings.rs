@@ -3,14 +3,14 @@
 //! Each struct is at once a group of flags and a table of the file, so a setting has one name and one sentence of
 //! documentation. A setting that is wrong is refused at start with a message that says what to change.
 
+mod store;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvatlas_bus::{ClientIdentity, NatsAuth, NatsConfig, NatsTls};
-use kvatlas_index::{CHECKPOINT_INTERVAL, CheckpointConfig};
 use kvatlas_proto::subject::Subjects;
 use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
@@ -25,6 +25,7 @@ use crate::failure::Failure;
 mod access;
 
 pub use access::{AuthSettings, LimitSettings, TlsSettings};
+pub use store::StoreSettings;
 
 /// Where the gRPC service listens if nothing else is said: loopback, where nobody else's network is.
 pub const DEFAULT_GRPC: &str = "127.0.0.1:7460";
@@ -61,6 +62,9 @@ pub struct Settings {
     pub auth: AuthSettings,
     #[command(flatten)]
     pub limits: LimitSettings,
+    #[command(flatten)]
+    #[serde(rename = "checkpoint-store")]
+    pub store: StoreSettings,
 }
 
 /// `[keys]`: how block keys are computed.
@@ -134,9 +138,14 @@ pub struct ServerSettings {
     /// Most blocks held, counted once per owner. Default: 67108864 (about 4 GB).
     #[arg(long, env = "KVATLAS_MAX_BLOCKS", value_name = "BLOCKS")]
     pub max_blocks: Option<usize>,
-    /// File in which the index writes down what it holds, so that a restart costs what has changed since. Default: none.
+    /// File in which the index writes down what it holds, so that a restart costs what has changed since; short for
+    /// --checkpoint-store file:FILE. Default: none.
     #[arg(long, env = "KVATLAS_CHECKPOINT_FILE", value_name = "FILE")]
     pub checkpoint_file: Option<PathBuf>,
+    /// The same somewhere else: nats://BUCKET/NAME (an object store in the broker), redis://HOST:PORT or rediss:// (TLS), or
+    /// redis-cluster://HOST:PORT,... or redis-cluster+tls://. Redis and Valkey take ?prefix=kvatlas&name=index&ttl-s=86400.
+    #[arg(long, env = "KVATLAS_CHECKPOINT_STORE", value_name = "URL")]
+    pub checkpoint_store: Option<String>,
     /// Seconds between two checkpoints. Default: 30.
     #[arg(long, env = "KVATLAS_CHECKPOINT_INTERVAL_S", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_interval_s: Option<u64>,
@@ -201,6 +210,7 @@ impl Settings {
             tls: self.tls.or(file.tls),
             auth: self.auth.or(file.auth),
             limits: self.limits.or(file.limits),
+            store: self.store.or(file.store),
         }
     }
 }
@@ -301,18 +311,6 @@ impl NatsSettings {
 // === impl ServerSettings ===
 
 impl ServerSettings {
-    /// Where and how often checkpoints are written, if at all.
-    pub fn checkpoint(&self) -> Result<Option<CheckpointConfig>, Failure> {
-        let interval = self.checkpoint_interval_s.map_or(CHECKPOINT_INTERVAL, Duration::from_secs);
-        match &self.checkpoint_file {
-            Some(path) => Ok(Some(CheckpointConfig { path: path.clone(), interval })),
-            None if self.checkpoint_interval_s.is_some() => {
-                Err(Failure::usage("a checkpoint interval is given but no file: add --checkpoint-file FILE"))
-            }
-            None => Ok(None),
-        }
-    }
-
     fn or(self, file: Self) -> Self {
         Self {
             grpc_listen: self.grpc_listen.or(file.grpc_listen),
@@ -320,6 +318,7 @@ impl ServerSettings {
             weights: or_list(self.weights, file.weights),
             max_blocks: self.max_blocks.or(file.max_blocks),
             checkpoint_file: self.checkpoint_file.or(file.checkpoint_file),
+            checkpoint_store: self.checkpoint_store.or(file.checkpoint_store),
             checkpoint_interval_s: self.checkpoint_interval_s.or(file.checkpoint_interval_s),
         }
     }
@@ -358,6 +357,11 @@ fn or_list<T>(given: Vec<T>, file: Vec<T>) -> Vec<T> {
 /// Reads a small text file; the failure names it.
 fn read_text(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(|error| Failure::unreadable(path, &error))
+}
+
+/// Whether a file can be opened; the failure names it.
+fn check_readable(path: &Path) -> Result<(), Failure> {
+    fs::File::open(path).map(drop).map_err(|error| Failure::unreadable(path, &error))
 }
 
 #[cfg(test)]
