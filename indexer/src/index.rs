@@ -12,7 +12,7 @@ use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{InstanceId, KeyHasher, OwnerRef, Scope, SourceId};
+use kvatlas_proto::{InstanceId, OwnerRef, Scope, SourceId};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
@@ -23,6 +23,7 @@ pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
 use crate::sources::{SourceTracker, Verdict};
+use crate::tenant_keys::TenantKeys;
 
 mod views;
 
@@ -63,7 +64,8 @@ pub struct IndexLimits {
 /// The map of who holds which block.
 pub struct Index {
     limits: IndexLimits,
-    hasher: KeyHasher,
+    /// How each tenant's keys are computed.
+    keys: RwLock<Arc<TenantKeys>>,
     scopes: RwLock<BTreeMap<Scope, Arc<ScopeIndex>>>,
     budget: Budget,
     /// Sources whose publishers may have to be asked, each once, in the order of their turns.
@@ -93,12 +95,31 @@ impl Index {
     pub fn new(limits: IndexLimits, seed: KeySeed) -> Self {
         Self {
             limits,
-            hasher: KeyHasher::new(seed),
+            keys: RwLock::new(Arc::new(TenantKeys::new(seed))),
             scopes: RwLock::default(),
-            budget: Budget::new(limits, KeyHasher::new(seed).root()),
+            budget: Budget::new(limits),
             troubled: Mutex::default(),
             permits: Permits::new(limits.recovery.transfers),
             next_request: AtomicU64::new(1),
+        }
+    }
+
+    /// Tenants have these seeds from now on. Where a seed has changed, everything held of the tenant is dropped: its keys would
+    /// never match again. Its publishers are asked for their state anew, whichever seed they use.
+    pub fn replace_keys(&self, keys: TenantKeys) {
+        let keys = Arc::new(keys);
+        // Until this is let go nobody adds a scope, so none is made with the old root.
+        let scopes = self.scopes.write();
+        let before = std::mem::replace(&mut *self.keys.write(), Arc::clone(&keys));
+        let root_of = |keys: &TenantKeys, scope: &Scope| keys.of(scope.tenant()).root();
+        let changed: Vec<_> = scopes
+            .iter()
+            .filter(|(scope, _)| root_of(&before, scope) != root_of(&keys, scope))
+            .map(|(scope, index)| (root_of(&keys, scope), Arc::clone(index)))
+            .collect();
+        drop(scopes);
+        for (root, index) in changed {
+            index.on_new_root(root, &self.budget);
         }
     }
 
@@ -185,7 +206,9 @@ impl Index {
             // A frame that is on its way into it is lost; its source then has a gap and is asked for everything.
             scopes.remove(&unused);
         }
-        Ok(Arc::clone(scopes.entry(scope.clone()).or_default()))
+        let root = || self.keys.read().of(scope.tenant()).root();
+        let index = scopes.entry(scope.clone()).or_insert_with(|| Arc::new(ScopeIndex::new(root())));
+        Ok(Arc::clone(index))
     }
 
     /// Ends leases and drops what has been gone for long. To be called about once a second.
@@ -213,12 +236,14 @@ impl Index {
         let instances: Vec<InstanceId> =
             candidates.iter().filter_map(|name| InstanceId::new(*name).ok()).collect();
         let mut rows = Vec::new();
+        let keys = Arc::clone(&self.keys.read());
+        let hasher = keys.of(query.tenant);
         // With candidates of which none is valid there is nothing to look up; an empty list would ask for everybody.
         if candidates.is_empty() || !instances.is_empty() {
             for (scope, index) in &asked {
                 let size = scope.block_size();
                 let variants: Vec<_> = index.state.read().variants().collect();
-                let chains = query.input.chains(&self.hasher, size, &variants);
+                let chains = query.input.chains(hasher, size, &variants);
                 index.state.read().score(query, &instances, size, &chains, &mut rows);
             }
         }
@@ -309,7 +334,7 @@ impl Index {
         let mut writer = CheckpointWriter::new(out)?;
         for (scope, index) in self.scopes_where(|_| true) {
             for source in index.source_ids() {
-                if let Some(saved) = index.save(&scope, &source, self.hasher.root()) {
+                if let Some(saved) = index.save(&scope, &source) {
                     writer.add(&saved)?;
                 }
             }

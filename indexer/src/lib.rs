@@ -40,6 +40,7 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
+mod tenant_keys;
 mod tls;
 mod trust;
 mod watched;
@@ -74,5 +75,8 @@ pub use server::{
     RunningIndexServer, ServingLimits, StartError,
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};
+pub use tenant_keys::{
+    MAX_SECRET_BYTES, MAX_TENANT_SECRETS, MIN_SECRET_BYTES, TenantKeys, TenantSecretsError,
+};
 pub use tls::TlsFiles;
 pub use watched::{MAX_WATCHED_BYTES, RELOAD_INTERVAL, WatchedFileError};

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvatlas_bus::{ClientIdentity, NatsAuth, NatsConfig, NatsTls};
-use kvatlas_index::{CHECKPOINT_INTERVAL, CheckpointConfig};
+use kvatlas_index::{CHECKPOINT_INTERVAL, CheckpointConfig, TenantKeys};
+use kvatlas_proto::KeySeed;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
 
 use crate::engine::EngineSpec;
@@ -65,6 +65,10 @@ pub struct KeySettings {
     /// published seed.
     #[arg(long, env = "KVATLAS_KEY_SEED_FILE", value_name = "FILE")]
     pub key_seed_file: Option<PathBuf>,
+    /// TOML file with secrets of tenants that get key spaces of their own: [tenants], name = "32 or more hex digits". A server
+    /// reads it again when it changes; a shim needs its own tenant's and a restart. Default: all have the seed.
+    #[arg(long, env = "KVATLAS_TENANT_SECRETS_FILE", value_name = "FILE")]
+    pub tenant_secrets_file: Option<PathBuf>,
 }
 
 /// `[nats]`: the broker. Without a URL the bus is in-process.
@@ -187,7 +191,10 @@ impl Settings {
         Self {
             config: self.config,
             engines: or_list(self.engines, file.engines),
-            keys: KeySettings { key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file) },
+            keys: KeySettings {
+                key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file),
+                tenant_secrets_file: self.keys.tenant_secrets_file.or(file.keys.tenant_secrets_file),
+            },
             nats: self.nats.or(file.nats),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
             server: self.server.or(file.server),
@@ -216,9 +223,13 @@ impl KeySettings {
         }
     }
 
-    /// Computes keys with that seed.
-    pub fn hasher(&self) -> Result<KeyHasher, Failure> {
-        Ok(KeyHasher::new(self.seed()?))
+    /// How each tenant's keys are computed.
+    pub fn tenants(&self) -> Result<TenantKeys, Failure> {
+        let seed = self.seed()?;
+        match &self.tenant_secrets_file {
+            None => Ok(TenantKeys::new(seed)),
+            Some(path) => TenantKeys::read(path, seed).map_err(|error| Failure::usage(error.to_string())),
+        }
     }
 }
 
