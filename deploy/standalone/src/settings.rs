@@ -77,7 +77,7 @@ pub struct KeySettings {
 pub struct NatsSettings {
     /// Broker, for example nats://127.0.0.1:4222; may be given several times for a cluster. Default: no broker, one process.
     #[arg(long = "nats", env = "KVATLAS_NATS", value_delimiter = ',', value_name = "URL")]
-    pub url: Vec<String>,
+    pub url: Vec<BrokerUrl>,
     /// Name of this deployment in NATS subjects. Default: kvatlas.
     #[arg(long, env = "KVATLAS_SUBJECT_PREFIX", value_name = "PREFIX")]
     pub subject_prefix: Option<String>,
@@ -103,6 +103,11 @@ pub struct NatsSettings {
     #[arg(long = "nats-key-file", env = "KVATLAS_NATS_KEY_FILE", value_name = "FILE")]
     pub key_file: Option<PathBuf>,
 }
+
+/// URL of a broker. It can hold credentials, so it is not shown.
+#[derive(Clone, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct BrokerUrl(String);
 
 /// `[shim]`: what is common to all followed engines.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -271,7 +276,8 @@ impl NatsSettings {
             };
         }
         let client_name = format!("kvatlas-{role}");
-        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(self.url.clone()) }))
+        let urls = self.url.iter().map(|url| url.0.clone());
+        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(urls) }))
     }
 
     fn auth(&self) -> Result<NatsAuth, Failure> {
@@ -299,6 +305,20 @@ impl NatsSettings {
         };
         let required = client_identity.is_some() || self.ca_file.is_some();
         Ok(NatsTls { required, ca_file: self.ca_file.clone(), client_identity })
+    }
+}
+
+// === impl BrokerUrl ===
+
+impl From<&str> for BrokerUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl std::fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BrokerUrl")
     }
 }
 
@@ -394,6 +414,14 @@ mod tests {
         assert_eq!(settings.server.grpc_listen.unwrap().port(), 7460);
         assert_eq!(settings.engines.len(), 1);
         assert_eq!(settings.shim.state_dir.as_deref(), Some(Path::new("/var/lib/kvatlas")));
+    }
+
+    #[test]
+    fn settings_show_no_secret() {
+        let settings = parse("[nats]\nurl = [\"nats://me:hunter2@h\"]").unwrap();
+        let config = settings.nats.config("shim").unwrap().unwrap();
+        let shown = format!("{settings:?} {config:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
     }
 
     #[test]
