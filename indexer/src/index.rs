@@ -12,7 +12,7 @@ use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{KeyHasher, OwnerRef, Partition, Scope, ShardId, SourceId};
+use kvatlas_proto::{OwnerRef, Partition, Scope, ShardId, SourceId};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
@@ -21,6 +21,7 @@ pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
 use crate::sources::{SourceState, Verdict};
+use crate::tenant_keys::TenantKeys;
 
 mod score;
 mod views;
@@ -67,7 +68,8 @@ pub(crate) type PartId = (Scope, ShardId);
 /// The map of who holds which block.
 pub struct Index {
     limits: IndexLimits,
-    hasher: KeyHasher,
+    /// How each tenant's keys are computed.
+    keys: RwLock<Arc<TenantKeys>>,
     partition: Partition,
     /// By shard number, whether its frames are for us.
     owned: RwLock<Vec<bool>>,
@@ -111,9 +113,9 @@ impl Index {
             partition,
             owned: RwLock::new(vec![false; usize::from(partition.shards())]),
             limits,
-            hasher: KeyHasher::new(seed),
+            keys: RwLock::new(Arc::new(TenantKeys::new(seed))),
             scopes: RwLock::default(),
-            budget: Budget::new(limits, KeyHasher::new(seed).root()),
+            budget: Budget::new(limits),
             troubled: Mutex::default(),
             permits: Permits::new(limits.recovery.transfers),
             next_request: AtomicU64::new(1),
@@ -123,11 +125,6 @@ impl Index {
     /// How the key space is cut.
     pub fn partition(&self) -> Partition {
         self.partition
-    }
-
-    /// How tokens become keys.
-    pub fn hasher(&self) -> &KeyHasher {
-        &self.hasher
     }
 
     /// Owns exactly these shards from now on. What is known of others is dropped, and their frames are refused.
@@ -153,6 +150,25 @@ impl Index {
     pub fn owns(&self, shard: ShardId) -> bool {
         shard.of() == self.partition.shards()
             && self.owned.read().get(usize::from(shard.number())).copied().unwrap_or(false)
+    }
+
+    /// Tenants have these seeds from now on. Where a seed has changed, everything held of the tenant is dropped: its keys would
+    /// never match again. Its publishers are asked for their state anew, whichever seed they use.
+    pub fn replace_keys(&self, keys: TenantKeys) {
+        let keys = Arc::new(keys);
+        // Until this is let go nobody adds a scope, so none is made with the old root.
+        let scopes = self.scopes.write();
+        let before = std::mem::replace(&mut *self.keys.write(), Arc::clone(&keys));
+        let root_of = |keys: &TenantKeys, scope: &Scope| keys.of(scope.tenant()).root();
+        let changed: Vec<_> = scopes
+            .iter()
+            .filter(|((scope, _), _)| root_of(&before, scope) != root_of(&keys, scope))
+            .map(|((scope, _), index)| (root_of(&keys, scope), Arc::clone(index)))
+            .collect();
+        drop(scopes);
+        for (root, index) in changed {
+            index.on_new_root(root, &self.budget);
+        }
     }
 
     /// Applies a frame from the source's event subject, or says why not. `bytes` is what `frame` was parsed from: it may
@@ -247,7 +263,8 @@ impl Index {
             // A frame that is on its way into it is lost; its source then has a gap and is asked for everything.
             scopes.remove(&unused);
         }
-        let added = scopes.entry(id).or_insert_with(|| Arc::new(ScopeIndex::new(shard)));
+        let root = self.keys.read().of(scope.tenant()).root();
+        let added = scopes.entry(id).or_insert_with(|| Arc::new(ScopeIndex::new(shard, root)));
         Ok(Arc::clone(added))
     }
 
@@ -359,7 +376,7 @@ impl Index {
         let mut writer = CheckpointWriter::new(out)?;
         for (part, index) in self.parts_where(|_| true) {
             for source in index.source_ids() {
-                if let Some(saved) = index.save(&part, &source, self.hasher.root()) {
+                if let Some(saved) = index.save(&part, &source) {
                     writer.add(&saved)?;
                 }
             }

@@ -41,6 +41,7 @@ mod slots;
 pub mod sources;
 mod status;
 pub mod store;
+mod tenant_keys;
 mod tls;
 mod trust;
 mod watched;
@@ -76,5 +77,8 @@ pub use server::{
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};
 pub use store::{CHECKPOINT_INTERVAL, CheckpointConfig, CheckpointStore};
+pub use tenant_keys::{
+    MAX_SECRET_BYTES, MAX_TENANT_SECRETS, MIN_SECRET_BYTES, TenantKeys, TenantSecretsError,
+};
 pub use tls::TlsFiles;
 pub use watched::{MAX_WATCHED_BYTES, RELOAD_INTERVAL, WatchedFileError};

@@ -26,7 +26,7 @@ use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::access::Access;
+use crate::access::{Access, Keep};
 use crate::admission::{Admission, DEFAULT_MAX_INFLIGHT};
 use crate::clock::Clock;
 use crate::cluster::{self, ClusterConfig};
@@ -42,6 +42,7 @@ use crate::metrics::Metrics;
 use crate::request::{MAX_PROMPT_TOKENS, RequestLimits};
 use crate::service::{AtlasService, Parts};
 use crate::store::{self, CheckpointConfig, Loading};
+use crate::tenant_keys::{TenantKeys, TenantSecrets};
 use crate::tls::TlsFiles;
 use crate::watched::WatchedFileError;
 
@@ -80,6 +81,8 @@ pub struct IndexServerConfig {
     pub limits: IndexLimits,
     /// Seed of the block keys: the publishers' one.
     pub key_seed: KeySeed,
+    /// TOML file with secrets of tenants that have a seed of their own; `None`: all have `key_seed`.
+    pub tenant_secrets_file: Option<PathBuf>,
     /// Weight of a block per tier, for requests that name none.
     pub weights: TierWeights,
     /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
@@ -161,6 +164,7 @@ impl IndexServerConfig {
             subjects: Subjects::default(),
             limits: IndexLimits::default(),
             key_seed: KeySeed::PUBLISHED,
+            tenant_secrets_file: None,
             weights: TierWeights::default(),
             discovery: Duration::ZERO,
             tls: None,
@@ -228,6 +232,15 @@ impl IndexServer {
                 index
             }
         });
+        if let Some(path) = config.tenant_secrets_file {
+            let (watched, secrets) = TenantSecrets::open(path)?;
+            index.replace_keys(TenantKeys::with_secrets(config.key_seed, &secrets));
+            let (replaced, seed) = (Arc::clone(&index), config.key_seed);
+            let mut keep = Keep { metrics: &metrics, stop: &stop, tasks: &mut tasks };
+            keep.current("tenant_secrets", watched, move |secrets| {
+                replaced.replace_keys(TenantKeys::with_secrets(seed, &secrets));
+            });
+        }
         if config.cluster.is_none() {
             let events = subscribe(config.subjects.all_events()).await?;
             let whole = TaggedSubscription { shard: ShardId::WHOLE, events };

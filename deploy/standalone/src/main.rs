@@ -6,6 +6,7 @@ mod bench;
 mod demo;
 mod engine;
 mod failure;
+mod nats_permissions;
 mod output;
 mod query;
 mod record;
@@ -41,6 +42,8 @@ enum Command {
     Shim(Box<Settings>),
     /// Ask a running server.
     Query(query::QueryArgs),
+    /// Print what a NATS server must allow a shim, an index server or an observer, for its configuration.
+    NatsPermissions(nats_permissions::PermissionsArgs),
     /// Show kvatlas at work on simulated engines: no GPU, no broker, no cluster.
     Demo(demo::DemoArgs),
     /// Record what live engines publish into a file that `kvatlas replay` plays, for example for a bug report.
@@ -78,6 +81,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Serve(settings) => serve::serve(settings.load()?).await,
         Command::Shim(settings) => serve::shim(settings.load()?).await,
         Command::Query(args) => query::run(args).await,
+        Command::NatsPermissions(args) => nats_permissions::run(&args),
         Command::Demo(args) => demo::run(args).await,
         Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,

@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use kvatlas_bus::{ClientIdentity, NatsAuth, NatsConfig, NatsTls};
+use kvatlas_index::TenantKeys;
+use kvatlas_proto::KeySeed;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
 
 mod cluster;
@@ -75,6 +76,10 @@ pub struct KeySettings {
     /// published seed.
     #[arg(long, env = "KVATLAS_KEY_SEED_FILE", value_name = "FILE")]
     pub key_seed_file: Option<PathBuf>,
+    /// TOML file with secrets of tenants that get key spaces of their own: [tenants], name = "32 or more hex digits". A server
+    /// reads it again when it changes; a shim needs its own tenant's and a restart. Default: all have the seed.
+    #[arg(long, env = "KVATLAS_TENANT_SECRETS_FILE", value_name = "FILE")]
+    pub tenant_secrets_file: Option<PathBuf>,
 }
 
 /// `[nats]`: the broker. Without a URL the bus is in-process.
@@ -83,7 +88,7 @@ pub struct KeySettings {
 pub struct NatsSettings {
     /// Broker, for example nats://127.0.0.1:4222; may be given several times for a cluster. Default: no broker, one process.
     #[arg(long = "nats", env = "KVATLAS_NATS", value_delimiter = ',', value_name = "URL")]
-    pub url: Vec<String>,
+    pub url: Vec<BrokerUrl>,
     /// Name of this deployment in NATS subjects. Default: kvatlas.
     #[arg(long, env = "KVATLAS_SUBJECT_PREFIX", value_name = "PREFIX")]
     pub subject_prefix: Option<String>,
@@ -109,6 +114,11 @@ pub struct NatsSettings {
     #[arg(long = "nats-key-file", env = "KVATLAS_NATS_KEY_FILE", value_name = "FILE")]
     pub key_file: Option<PathBuf>,
 }
+
+/// URL of a broker. It can hold credentials, so it is not shown.
+#[derive(Clone, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct BrokerUrl(String);
 
 /// `[shim]`: what is common to all followed engines.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -202,7 +212,10 @@ impl Settings {
         Self {
             config: self.config,
             engines: or_list(self.engines, file.engines),
-            keys: KeySettings { key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file) },
+            keys: KeySettings {
+                key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file),
+                tenant_secrets_file: self.keys.tenant_secrets_file.or(file.keys.tenant_secrets_file),
+            },
             nats: self.nats.or(file.nats),
             cluster: self.cluster.or(file.cluster),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
@@ -233,9 +246,13 @@ impl KeySettings {
         }
     }
 
-    /// Computes keys with that seed.
-    pub fn hasher(&self) -> Result<KeyHasher, Failure> {
-        Ok(KeyHasher::new(self.seed()?))
+    /// How each tenant's keys are computed.
+    pub fn tenants(&self) -> Result<TenantKeys, Failure> {
+        let seed = self.seed()?;
+        match &self.tenant_secrets_file {
+            None => Ok(TenantKeys::new(seed)),
+            Some(path) => TenantKeys::read(path, seed).map_err(|error| Failure::usage(error.to_string())),
+        }
     }
 }
 
@@ -277,7 +294,8 @@ impl NatsSettings {
             };
         }
         let client_name = format!("kvatlas-{role}");
-        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(self.url.clone()) }))
+        let urls = self.url.iter().map(|url| url.0.clone());
+        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(urls) }))
     }
 
     fn auth(&self) -> Result<NatsAuth, Failure> {
@@ -305,6 +323,20 @@ impl NatsSettings {
         };
         let required = client_identity.is_some() || self.ca_file.is_some();
         Ok(NatsTls { required, ca_file: self.ca_file.clone(), client_identity })
+    }
+}
+
+// === impl BrokerUrl ===
+
+impl From<&str> for BrokerUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl std::fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BrokerUrl")
     }
 }
 
@@ -394,6 +426,14 @@ mod tests {
         assert_eq!(settings.server.grpc_listen.unwrap().port(), 7460);
         assert_eq!(settings.engines.len(), 1);
         assert_eq!(settings.shim.state_dir.as_deref(), Some(Path::new("/var/lib/kvatlas")));
+    }
+
+    #[test]
+    fn settings_show_no_secret() {
+        let settings = parse("[nats]\nurl = [\"nats://me:hunter2@h\"]").unwrap();
+        let config = settings.nats.config("shim").unwrap().unwrap();
+        let shown = format!("{settings:?} {config:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
     }
 
     #[test]
