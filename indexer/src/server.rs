@@ -98,6 +98,8 @@ pub struct IndexServerConfig {
     pub checkpoint: Option<CheckpointConfig>,
     /// Which part of the key space is this server's; `None`: all of it, in one piece.
     pub cluster: Option<ClusterConfig>,
+    /// What others call this life of the server; no other may have the name, not even its next life. `None`: one is made up.
+    pub name: Option<Asker>,
 }
 
 /// How much callers of the gRPC port may ask for. At a bound the call is refused with its name and counted.
@@ -172,6 +174,7 @@ impl IndexServerConfig {
             serving: ServingLimits::default(),
             checkpoint: None,
             cluster: None,
+            name: None,
         }
     }
 }
@@ -216,7 +219,7 @@ impl IndexServer {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         let (reflection_v1, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-        let asker = asker();
+        let asker = config.name.clone().unwrap_or_else(asker);
         let subscribe = async |filter: String| {
             bus.subscribe(filter.clone()).await.map_err(|source| subscribe_error(&bus, filter, source))
         };

@@ -18,7 +18,7 @@ use serde::Deserialize;
 
 mod cluster;
 
-pub use cluster::ClusterSettings;
+pub use cluster::{ClusterSettings, Ownership};
 
 use crate::engine::EngineSpec;
 use crate::failure::Failure;

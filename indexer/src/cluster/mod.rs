@@ -42,6 +42,7 @@ pub(crate) use coordinator::{Coordinator, Covered};
 pub use inquiry::{Coverage, Inquiry};
 pub(crate) use metrics::ClusterMetrics;
 use presence::Presence;
+pub use presence::{ANNOUNCE_MS, Announcement, PRESENCE_MS, ParseAnnouncementError};
 pub use question::{EncodeQuestionError, ParseQuestionError, ShardQuestion};
 use responder::Responder;
 use steward::{Serving, Steward};

@@ -26,6 +26,7 @@ use crate::{
 
 mod config;
 mod credentials;
+pub mod leases;
 
 pub use config::{ClientIdentity, ConnectError, NatsAuth, NatsConfig, NatsTls};
 

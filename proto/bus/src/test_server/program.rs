@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 /// Makes a missing program a failure when set to `1`.
 const REQUIRE_VARIABLE: &str = "KVATLAS_REQUIRE_SERVERS";
 /// Longest wait for a server to greet. It takes about 50 ms; a loaded machine takes seconds.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+pub const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often it is tried meanwhile.
-const START_POLL: Duration = Duration::from_millis(10);
+pub const START_POLL: Duration = Duration::from_millis(10);
 /// Ports tried: one can be taken between being found free and being used.
 pub const PORT_ATTEMPTS: usize = 10;
 
@@ -99,8 +99,15 @@ pub fn log_text(path: &Path) -> String {
 
 /// A loopback port that nobody used a moment ago.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free loopback port");
-    listener.local_addr().expect("the address of a bound socket").port()
+    free_ports(1)[0]
+}
+
+/// Different ports: each is held until all are found.
+pub fn free_ports(count: usize) -> Vec<u16> {
+    let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free loopback port");
+    let listeners: Vec<TcpListener> = (0..count).map(bind).collect();
+    let port = |listener: &TcpListener| listener.local_addr().expect("the address of a bound socket").port();
+    listeners.iter().map(port).collect()
 }
 
 fn find_binary(name: &str, variable: &str) -> Option<PathBuf> {
