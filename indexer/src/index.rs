@@ -265,7 +265,7 @@ impl Index {
     /// Sources by model, tenant, block size, instance and rank.
     pub fn sources(&self, filter: &OwnerFilter, now_ms: u64) -> Vec<SourceInfo> {
         let mut out = Vec::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 let owners = source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
@@ -287,7 +287,7 @@ impl Index {
     /// The owners that a dump would go through, in the order of [`Self::sources`].
     pub fn dump(&self, filter: &OwnerFilter) -> Vec<DumpOwner> {
         let mut found = BTreeMap::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 for (no, entry) in source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))) {
@@ -427,9 +427,9 @@ impl Index {
         Ok(())
     }
 
-    pub(crate) fn parts_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
+    pub(crate) fn parts_where(&self, admit: impl Fn(&PartId) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
         let scopes = self.scopes.read();
-        let admitted = scopes.iter().filter(|((scope, _), _)| admit(scope));
+        let admitted = scopes.iter().filter(|(part, _)| admit(part));
         admitted.map(|(id, index)| (id.clone(), Arc::clone(index))).collect()
     }
 
