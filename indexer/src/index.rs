@@ -331,7 +331,8 @@ impl Index {
         self.is_finding_out_of(&shards, now_ms)
     }
 
-    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them.
+    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them: what a checkpoint says of
+    /// a source in one of them is not known as long as nothing was heard there, though the source be proved in another.
     pub fn is_finding_out_of(&self, shards: &[ShardId], now_ms: u64) -> bool {
         let mut living: BTreeMap<Scope, BTreeSet<SourceId>> = BTreeMap::new();
         for ((scope, _), index) in self.parts_where(|_| true) {
@@ -345,11 +346,9 @@ impl Index {
             shards.iter().any(|shard| {
                 let Some(part) = self.part(scope, *shard) else { return !sources.is_empty() };
                 let state = part.state.read();
-                let known: BTreeSet<&SourceId> = state.sources().map(|(_, source)| &source.id).collect();
+                let known = state.sources().filter(|(_, source)| source.tracker.counts());
+                let known: BTreeSet<&SourceId> = known.map(|(_, source)| &source.id).collect();
                 sources.iter().any(|id| !known.contains(id))
-                    || state
-                        .sources()
-                        .any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
             })
         })
     }
