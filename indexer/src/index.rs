@@ -145,6 +145,8 @@ impl Index {
             }
             keep
         });
+        // Else who comes back with the shard would be in there twice.
+        self.troubled.lock().retain(|((_, shard), _)| owned[usize::from(shard.number())]);
         drop(owned);
         dropped.iter().for_each(|part| part.empty(&self.budget));
     }

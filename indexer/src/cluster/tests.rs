@@ -344,3 +344,21 @@ fn a_source_of_a_checkpoint_is_found_out_once_it_is_proved_in_every_shard() {
     send(&after, &source.lanes[1].heartbeat());
     assert!(!after.is_finding_out(0));
 }
+
+#[test]
+fn a_shard_that_is_given_up_and_taken_back_leaves_no_turns_behind() {
+    let partition = Partition::new(2).unwrap();
+    let index = Index::cut(IndexLimits::default(), KeySeed::PUBLISHED, partition);
+    let mut source = Source::new(0, 1, partition);
+    let (root, all) = (source.lanes[0].root, ShardSet::ALL.shards(partition));
+    source.lanes[0].frame(&[Op::StoredAfter(0, root, vec![1])]);
+    for _ in 0..3 {
+        index.own(&all);
+        // What is held is not known, so it has to be asked.
+        send(&index, &source.lanes[0].heartbeat());
+        assert!(index.is_troubled());
+        index.own(&[]);
+        assert!(!index.is_troubled());
+    }
+    index.check().unwrap();
+}
