@@ -142,6 +142,8 @@ impl Index {
             }
             keep
         });
+        // Else who comes back with the shard would be in there twice.
+        self.troubled.lock().retain(|((_, shard), _)| owned[usize::from(shard.number())]);
         drop(owned);
         dropped.iter().for_each(|part| part.empty(&self.budget));
     }
@@ -282,7 +284,7 @@ impl Index {
     /// Sources by model, tenant, block size, instance and rank.
     pub fn sources(&self, filter: &OwnerFilter, now_ms: u64) -> Vec<SourceInfo> {
         let mut out = Vec::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 let owners = source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
@@ -304,7 +306,7 @@ impl Index {
     /// The owners that a dump would go through, in the order of [`Self::sources`].
     pub fn dump(&self, filter: &OwnerFilter) -> Vec<DumpOwner> {
         let mut found = BTreeMap::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 for (no, entry) in source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))) {
@@ -348,7 +350,8 @@ impl Index {
         self.is_finding_out_of(&shards, now_ms)
     }
 
-    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them.
+    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them: what a checkpoint says of
+    /// a source in one of them is not known as long as nothing was heard there, though the source be proved in another.
     pub fn is_finding_out_of(&self, shards: &[ShardId], now_ms: u64) -> bool {
         let mut living: BTreeMap<Scope, BTreeSet<SourceId>> = BTreeMap::new();
         for ((scope, _), index) in self.parts_where(|_| true) {
@@ -362,11 +365,9 @@ impl Index {
             shards.iter().any(|shard| {
                 let Some(part) = self.part(scope, *shard) else { return !sources.is_empty() };
                 let state = part.state.read();
-                let known: BTreeSet<&SourceId> = state.sources().map(|(_, source)| &source.id).collect();
+                let known = state.sources().filter(|(_, source)| source.tracker.counts());
+                let known: BTreeSet<&SourceId> = known.map(|(_, source)| &source.id).collect();
                 sources.iter().any(|id| !known.contains(id))
-                    || state
-                        .sources()
-                        .any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
             })
         })
     }
@@ -444,9 +445,9 @@ impl Index {
         Ok(())
     }
 
-    pub(crate) fn parts_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
+    pub(crate) fn parts_where(&self, admit: impl Fn(&PartId) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
         let scopes = self.scopes.read();
-        let admitted = scopes.iter().filter(|((scope, _), _)| admit(scope));
+        let admitted = scopes.iter().filter(|(part, _)| admit(part));
         admitted.map(|(id, index)| (id.clone(), Arc::clone(index))).collect()
     }
 
