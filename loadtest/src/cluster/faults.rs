@@ -17,6 +17,8 @@ const AVAILABILITY_GOAL: f64 = 0.999;
 /// How long a broker that hangs can go unnoticed by an index: sources are marked after 3 s of silence. What is claimed until then
 /// is judged by the window and this time.
 const UNNOTICED: Duration = Duration::from_secs(3);
+/// A shim is away for at least so long, so that indexes notice it, and all is not well until it is back.
+const NOTICED: Duration = Duration::from_secs(4);
 /// Pause between two restarts in turn: what a supervisor leaves at least.
 const ROLLING_PAUSE: Duration = Duration::from_secs(1);
 
@@ -109,7 +111,7 @@ impl Fault {
         }
     }
 
-    /// Does it, and returns when it was over.
+    /// Does it, and returns when it was over. Brokers are hit in turn: clients of one that was away stay with the others.
     async fn happen(
         self,
         rig: &mut Rig,
@@ -134,21 +136,21 @@ impl Fault {
             Self::ShimKilled => {
                 gateway.excuse(0);
                 fleet.kill_shim(0).await?;
-                sleep(config.fault_time).await;
+                sleep(config.fault_time.max(NOTICED)).await;
                 fleet.start_shim(rig.site(), 0)?;
                 Ok(Instant::now())
             }
             Self::BrokerCut => {
-                rig.brokers().set_cut(0, true);
+                rig.brokers().set_cut(1, true);
                 sleep(config.fault_time).await;
-                rig.brokers().set_cut(0, false);
+                rig.brokers().set_cut(1, false);
                 Ok(Instant::now())
             }
             Self::BrokerFrozen => {
                 gateway.set_window(config.window + UNNOTICED);
-                rig.brokers().set_frozen(0, true).await?;
+                rig.brokers().set_frozen(2, true).await?;
                 sleep(config.fault_time).await;
-                rig.brokers().set_frozen(0, false).await?;
+                rig.brokers().set_frozen(2, false).await?;
                 Ok(Instant::now())
             }
             Self::Rolling => roll(rig, fleet, gateway).await,
