@@ -120,6 +120,9 @@ async fn start_server(
     if let Some(blocks) = settings.server.max_blocks {
         config.limits.blocks = blocks;
     }
+    config.tls = settings.tls.files()?;
+    config.auth_file = settings.auth.file.clone();
+    config.serving = settings.limits.serving()?;
     config.checkpoint = settings.server.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;

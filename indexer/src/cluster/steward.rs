@@ -171,7 +171,7 @@ impl Steward {
         let owned = self.owned();
         let mut subscriptions = Vec::new();
         for shard in owned.iter().filter(|shard| !before.contains(shard)) {
-            match self.bus.subscribe(self.subjects.events_of(*shard)).await {
+            match self.bus.subscribe(self.subjects.events_in(*shard)).await {
                 Ok(events) => subscriptions.push(TaggedSubscription { shard: *shard, events }),
                 Err(error) => {
                     // It is tried again with the next look.
