@@ -3,9 +3,9 @@
 //! One field of an answer is a measurement and not a statement: `lookup_ns`. It is cleared before answers are compared.
 
 use kvatlas_client::Client;
-use kvatlas_proto::shard::SEGMENT_BLOCKS;
 use kvatlas_proto::grpc;
 use kvatlas_proto::grpc::prompt::Input;
+use kvatlas_proto::shard::SEGMENT_BLOCKS;
 use prost::Message as _;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};

@@ -188,14 +188,8 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
     fleet.set_rate(config.blocks_per_s).await?;
     let judge = Judge::of(&fleet);
     let clock = rig.site().clock;
-    let gateway = Gateway::start(
-        rig.servers(),
-        judge,
-        clock,
-        config.window,
-        config.questions_per_s,
-        config.seed,
-    )?;
+    let gateway =
+        Gateway::start(rig.servers(), judge, clock, config.window, config.questions_per_s, config.seed)?;
     let (stored, began) = (fleet.stored(), Instant::now());
     sleep(config.watch).await;
     let quiet = gateway.take().tally();

@@ -5,7 +5,9 @@
 //! * [`rig`]: brokers and servers, and whether all of them are well.
 //! * [`scrape`]: their metrics.
 //! * [`gateway`]: asks as gateways do, and judges the answers.
-//! * [`faults`], [`equal`], [`resize`]: the cases.
+//! * [`conversations`], [`stage`]: prompts of agents, and a deployment that holds them.
+//! * [`openloop`]: asks at a rate that does not depend on the answers.
+//! * [`faults`], [`equal`], [`resize`], [`latency`], [`shares`]: the cases.
 //!
 //! Engines, their truth and the gateway are in this process ([`crate::recovery`] has them); shims, brokers and servers have one
 //! each. Everything competes for the machine's cores, so times are upper bounds.
@@ -19,13 +21,18 @@ use kvatlas_proto::shard::InvalidPartitionError;
 use serde::Serialize;
 
 pub mod brokers;
+pub mod conversations;
 pub mod equal;
 pub mod faults;
 pub mod gateway;
+pub mod latency;
+pub mod openloop;
 pub mod proxy;
 pub mod resize;
 pub mod rig;
 pub mod scrape;
+pub mod shares;
+pub mod stage;
 
 use crate::recovery::RecoveryError;
 use crate::recovery::fleet::{Fleet, FleetConfig, ShimPlace};
@@ -48,6 +55,12 @@ pub enum Case {
     Equal,
     /// From so many servers to one more, under load.
     Resize,
+    /// How evenly servers share the work when all prompts begin alike.
+    Skew,
+    /// What each server has of the work, for several numbers of servers.
+    Scaling,
+    /// What an answer costs beside one server that has everything.
+    Latency,
 }
 
 /// How the cases are run.
@@ -83,6 +96,10 @@ pub struct ClusterConfig {
     pub window: Duration,
     /// Questions that all servers are asked in the case of equal answers.
     pub equal_questions: usize,
+    /// Conversations of the cases of skew, scaling and latency.
+    pub conversations: usize,
+    /// Time at one rate in the case of latency.
+    pub step: Duration,
     /// Decides what engines hold and what is asked.
     pub seed: u64,
 }
@@ -109,6 +126,12 @@ pub enum Details {
     Equal(equal::EqualDetails),
     /// Of another number of servers.
     Resize(resize::ResizeDetails),
+    /// Of one beginning.
+    Skew(shares::SkewDetails),
+    /// Of several sizes.
+    Scaling(shares::ScalingDetails),
+    /// Of time.
+    Latency(latency::LatencyDetails),
 }
 
 /// Why a case stopped.
@@ -162,7 +185,8 @@ pub enum ClusterError {
 
 impl Case {
     /// All cases, in the order in which they are run.
-    pub const ALL: [Self; 3] = [Self::Equal, Self::Faults, Self::Resize];
+    pub const ALL: [Self; 6] =
+        [Self::Equal, Self::Faults, Self::Resize, Self::Skew, Self::Scaling, Self::Latency];
 
     /// Name on the command line and in reports.
     pub fn name(self) -> &'static str {
@@ -170,6 +194,9 @@ impl Case {
             Self::Faults => "faults",
             Self::Equal => "equal",
             Self::Resize => "resize",
+            Self::Skew => "skew",
+            Self::Scaling => "scaling",
+            Self::Latency => "latency",
         }
     }
 }
@@ -195,6 +222,8 @@ impl ClusterConfig {
             watch: Duration::from_secs(5),
             window: Duration::from_secs(1),
             equal_questions: 200,
+            conversations: 400,
+            step: Duration::from_secs(4),
             seed: 1,
         }
     }
@@ -210,6 +239,8 @@ impl ClusterConfig {
             fault_time: Duration::from_secs(3),
             watch: Duration::from_secs(2),
             equal_questions: 40,
+            conversations: 40,
+            step: Duration::from_secs(1),
             ..self
         }
     }
@@ -252,6 +283,9 @@ pub async fn run(case: Case, config: &ClusterConfig) -> Result<CaseReport, Clust
         Case::Faults => faults::run(config).await,
         Case::Equal => equal::run(config).await,
         Case::Resize => resize::run(config).await,
+        Case::Skew => shares::skew(config).await,
+        Case::Scaling => shares::scaling(config).await,
+        Case::Latency => latency::run(config).await,
     }
 }
 

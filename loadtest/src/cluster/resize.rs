@@ -46,14 +46,8 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
     let blocks: u64 = fleet.truth().values().map(|blocks| blocks.len() as u64).sum();
     fleet.set_rate(config.blocks_per_s).await?;
     let (judge, clock) = (Judge::of(&fleet), rig.site().clock);
-    let gateway = Gateway::start(
-        rig.servers(),
-        judge,
-        clock,
-        config.window,
-        config.questions_per_s,
-        config.seed,
-    )?;
+    let gateway =
+        Gateway::start(rig.servers(), judge, clock, config.window, config.questions_per_s, config.seed)?;
     sleep(config.watch).await;
     gateway.take();
 

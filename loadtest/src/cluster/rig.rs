@@ -182,8 +182,11 @@ impl Rig {
         let deadline = Instant::now() + wait;
         loop {
             let looks = self.servers.iter().filter(|server| server.process.is_some());
-            let lacking: Vec<String> =
-                join_all(looks.map(|server| server.lacks(&sweep, sources))).await.into_iter().flatten().collect();
+            let lacking: Vec<String> = join_all(looks.map(|server| server.lacks(&sweep, sources)))
+                .await
+                .into_iter()
+                .flatten()
+                .collect();
             if lacking.is_empty() {
                 return Ok(Instant::now());
             }
@@ -254,6 +257,11 @@ impl Server {
     /// How many servers the shards are divided among, as it was told.
     pub fn of(&self) -> u32 {
         self.of
+    }
+
+    /// Which of several servers with the same part.
+    pub fn replica(&self) -> u32 {
+        self.replica
     }
 
     /// Where gRPC is served.

@@ -382,13 +382,13 @@ fn shim_process(
 }
 
 /// A batch as of now.
-pub(super) fn batch(events: Vec<Event>) -> Batch {
+pub(crate) fn batch(events: Vec<Event>) -> Batch {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Batch { time_s: now.as_secs_f64(), events, rank: 0 }
 }
 
 /// A shim in this process that follows one engine.
-pub(super) fn shim_config(site: &Site, name: &str, endpoints: &StreamEndpoints) -> ShimConfig {
+pub(crate) fn shim_config(site: &Site, name: &str, endpoints: &StreamEndpoints) -> ShimConfig {
     ShimConfig {
         adapter: None,
         model: MODEL.to_owned(),

@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 
 use kvatlas_bus::{Bus, NatsBus, NatsConfig};
 use kvatlas_client::{CallError, Client, ClientConfig, EndpointError};
-use kvatlas_proto::{Partition, grpc};
 use kvatlas_proto::subject::Subjects;
+use kvatlas_proto::{Partition, grpc};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
@@ -22,8 +22,8 @@ use super::RecoveryError;
 use super::clock::Clock;
 use super::follower::Judgement;
 use super::lossy::LossyBus;
-use super::site::Site;
 use super::processes::{Process, ProcessError, free_port, http_get, nats_greets};
+use super::site::Site;
 
 /// Model name of the simulated engines.
 pub const MODEL: &str = "recovery";

@@ -7,8 +7,8 @@ use hdrhistogram::Histogram;
 use kvatlas_client::{Client, EndpointError};
 use kvatlas_proto::grpc;
 use parking_lot::Mutex;
-use rand::rngs::StdRng;
 use rand::SeedableRng;
+use rand::rngs::StdRng;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 

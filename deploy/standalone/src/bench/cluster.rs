@@ -54,6 +54,12 @@ enum CaseName {
     Faults,
     /// One server more, under load.
     Resize,
+    /// How evenly servers share the work when all prompts begin alike.
+    Skew,
+    /// What each server has of the work, for several numbers of servers.
+    Scaling,
+    /// What an answer costs beside one server that has everything.
+    Latency,
 }
 
 /// A fault as the command line names it.
@@ -139,6 +145,9 @@ impl CaseName {
             Self::Equal => Case::Equal,
             Self::Faults => Case::Faults,
             Self::Resize => Case::Resize,
+            Self::Skew => Case::Skew,
+            Self::Scaling => Case::Scaling,
+            Self::Latency => Case::Latency,
         }
     }
 }
