@@ -412,7 +412,10 @@ impl Index {
         let mut scopes = BTreeSet::new();
         for ((scope, _), index) in self.parts_where(|_| true) {
             let state = index.state.read();
-            totals.distinct_blocks += state.engine.write().distinct();
+            let engine = state.engine.write();
+            totals.distinct_blocks += engine.distinct();
+            totals.engine_bytes += engine.bytes();
+            drop(engine);
             for (_, source) in state.sources() {
                 let (id, now) = ((scope.clone(), source.id.clone()), source.tracker.state());
                 states.entry(id).and_modify(|all| *all = all.worse(now)).or_insert(now);

@@ -124,6 +124,7 @@ pub(crate) struct Metrics {
     scopes: Gauge,
     blocks: Gauge,
     distinct_blocks: Gauge,
+    engine_bytes: Gauge,
     owners: Gauge,
     sources: Family<StateLabel, Gauge>,
     verified_age: Gauge<f64, AtomicU64>,
@@ -328,6 +329,7 @@ impl Metrics {
             ("checkpoint_bytes", "Size of the last checkpoint that was written", &self.checkpoint_bytes),
             ("scopes", "Key spaces: model, block size, key version and tenant", &self.scopes),
             ("blocks", "Blocks held, counted once per owner", &self.blocks),
+            ("engine_bytes", "Bytes of the tables of blocks and holders", &self.engine_bytes),
             ("distinct_blocks", "Different blocks held, counted once per scope", &self.distinct_blocks),
             ("owners", "Owners: tier and cache group of a source", &self.owners),
         ];
@@ -366,6 +368,7 @@ impl Metrics {
         self.scopes.set(totals.scopes as i64);
         self.blocks.set(totals.blocks as i64);
         self.distinct_blocks.set(totals.distinct_blocks as i64);
+        self.engine_bytes.set(totals.engine_bytes as i64);
         self.owners.set(totals.owners as i64);
         self.verified_age.set(totals.verified_age_ms.map_or(f64::INFINITY, |age| age as f64 / 1e3));
         // All of them, so that a state that nobody is in any more goes back to 0.

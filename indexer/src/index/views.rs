@@ -148,6 +148,8 @@ pub struct IndexTotals {
     pub blocks: usize,
     /// Different blocks, counted once per scope.
     pub distinct_blocks: usize,
+    /// Bytes of the tables that hold them.
+    pub engine_bytes: usize,
     /// Sources by state.
     pub sources: BTreeMap<SourceState, usize>,
     /// Longest time since digests were equal, over the sources that count, milliseconds; 0 if none counts, `None` if one
