@@ -13,6 +13,7 @@
 //! * [`publisher`]: publishes a simulated engine's events.
 //! * [`record`]: records live engines.
 //! * [`recovery`]: faults against real parts, and how fast the map is true again.
+//! * [`cluster`]: many servers as one index, on one machine.
 //! * [`redact`]: replaces what users said in recorded messages.
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
@@ -20,11 +21,12 @@
 //! * [`sim`]: the protocol under faults, in virtual time.
 //! * [`workload`]: conversations, and what a routing policy made of them.
 //!
-//! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`], [`demo`] and parts of [`recovery`] know tokio; everything else is a function of
+//! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`], [`demo`] [`cluster`] and parts of [`recovery`] know tokio; everything else is a function of
 //! its arguments (and of the files it is told to read).
 
 pub mod bench_shim;
 pub mod check;
+pub mod cluster;
 pub mod demo;
 pub mod engine_sim;
 mod expectations;

@@ -366,8 +366,7 @@ mod tests {
         assert!(Subjects::new("prod.kv-1").is_ok());
     }
 
-    proptest! {
-        #[test]
+    #[test]
     fn every_deployment_has_a_bucket_of_its_own() {
         let bucket = |prefix: &str| Subjects::new(prefix).unwrap().slot_bucket();
         assert_eq!(Subjects::default().slot_bucket(), "kvatlas-shards");
@@ -377,7 +376,8 @@ mod tests {
         assert!(buckets.iter().all(|name| !name.contains('.')));
     }
 
-    #[test]
+    proptest! {
+        #[test]
         fn subjects_round_trip(
             name in "[!-~]{1,40}", rank in any::<u32>(), token in any::<u64>(), of in 1u16..1_024, asked in any::<u64>(),
         ) {

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, value_parser};
 use kvatlas_loadtest::bench_shim::{SEQUENCE_BLOCKS, ShimBench, ShimBenchError};
 use serde::Serialize;
 
+mod cluster;
 mod recovery;
 
 use crate::failure::Failure;
@@ -33,6 +34,8 @@ enum Part {
     Shim(ShimArgs),
     /// Restarts and losses with real parts: seconds until the map is exact again, and whether an answer was ever wrong.
     Recovery(recovery::RecoveryArgs),
+    /// Many servers as one index: faults, equal answers, another number of servers, with real processes.
+    Cluster(cluster::ClusterArgs),
 }
 
 #[derive(Args)]
@@ -74,6 +77,7 @@ pub async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     match &args.part {
         Part::Shim(args) => shim(args).map_err(Failure::run),
         Part::Recovery(args) => recovery::run(args).await,
+        Part::Cluster(args) => cluster::run(args).await,
     }
 }
 

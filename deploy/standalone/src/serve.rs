@@ -135,6 +135,7 @@ async fn start_server(
     config.http_listen = Some(http_address(settings));
     config.subjects = settings.nats.subjects()?;
     config.key_seed = settings.keys.seed()?;
+    config.tenant_secrets_file = settings.keys.tenant_secrets_file.clone();
     for weight in &settings.server.weights {
         let tier = Tier::ALL.into_iter().find(|tier| tier.name() == weight.tier);
         let tier = tier.expect("the setting was checked when it was read");
@@ -147,7 +148,7 @@ async fn start_server(
     config.tls = settings.tls.files()?;
     config.auth_file = settings.auth.file.clone();
     config.serving = settings.limits.serving()?;
-    config.checkpoint = settings.server.checkpoint()?;
+    config.checkpoint = settings.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
     }
@@ -189,11 +190,11 @@ fn start_shims(
     bus: &Arc<dyn Bus>,
     collector: &ShimCollector,
 ) -> Result<Vec<Shim>, Failure> {
-    let (hasher, subjects) = (settings.keys.hasher()?, settings.nats.subjects()?);
+    let (keys, subjects) = (settings.keys.tenants()?, settings.nats.subjects()?);
     let partition = settings.cluster.partition()?;
     let mut shims = Vec::new();
     for engine in &settings.engines {
-        let config = engine.shim_config(hasher, partition, &subjects)?;
+        let config = engine.shim_config(*keys.of(&engine.tenant), partition, &subjects)?;
         let shim = Shim::start_with_state(&config, bus, settings.shim.state_dir.as_deref())
             .map_err(|error| Failure::usage(error.to_string()))?;
         collector.watch(&shim);

@@ -71,7 +71,7 @@ async fn loaded(nats_server: PathBuf, fleet: FleetConfig) -> (Rig, Fleet) {
     let mut rig = Rig::start(config).await.unwrap();
     rig.start_index().unwrap();
     rig.wait_ready().await.unwrap();
-    let fleet = Fleet::start(&rig, fleet).await.unwrap();
+    let fleet = Fleet::start(&rig.site(), fleet).await.unwrap();
     fleet.fill().await.unwrap();
     rig.wait_verified(ENGINES, PATIENCE).await.unwrap();
     fleet.set_rate(RATE).await.unwrap();
@@ -169,11 +169,11 @@ async fn a_killed_shim_goes_on_from_its_saved_state_and_the_engines_replay() {
     let (rig, mut fleet) = loaded(nats_server, config).await;
     // A first life ends in order and leaves its state behind; the second one is killed with that state out of date.
     fleet.stop_shim(0).await.unwrap();
-    fleet.start_shim(&rig, 0).unwrap();
+    fleet.start_shim(&rig.site(), 0).unwrap();
     tokio::time::sleep(LOAD).await;
     fleet.kill_shim(0).await.unwrap();
     tokio::time::sleep(LOAD).await;
-    fleet.start_shim(&rig, 0).unwrap();
+    fleet.start_shim(&rig.site(), 0).unwrap();
     tokio::time::sleep(LOAD).await;
     // Verified is more than equal: a source that had lost events would say so for ever. Nobody asks meanwhile: while no
     // shim speaks for an engine, what it drops cannot be known, and the lease alone bounds that.
@@ -190,11 +190,11 @@ async fn a_pod_that_comes_back_with_nothing_never_inherits() {
     // Engine and shim, the shim with the saved state of another life of the engine.
     fleet.stop_shim(1).await.unwrap();
     fleet.restart_engine(1).await.unwrap();
-    fleet.start_shim(&rig, 1).unwrap();
+    fleet.start_shim(&rig.site(), 1).unwrap();
     // The same with a shim that had no time to save anything.
     fleet.kill_shim(2).await.unwrap();
     fleet.restart_engine(2).await.unwrap();
-    fleet.start_shim(&rig, 2).unwrap();
+    fleet.start_shim(&rig.site(), 2).unwrap();
     tokio::time::sleep(LOAD).await;
     ends_exact(rig, fleet, Some(sampler)).await;
 }

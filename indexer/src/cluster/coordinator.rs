@@ -167,6 +167,7 @@ impl Coordinator {
                     return None;
                 }
                 let question = inquiry.question(0, |shard| local.contains(&shard));
+                self.metrics.answered_pieces.inc_by(question.pieces() as u64);
                 Some(self.index.look_up(&question, |shard| self.serving.has(shard.number()), now_ms))
             };
             let (asked, here) = tokio::join!(asking, here);

@@ -123,6 +123,11 @@ const ANY_SHARD: u16 = u16::MAX;
 // === impl ShardQuestion ===
 
 impl ShardQuestion {
+    /// Stretches of prompts that it asks about.
+    pub fn pieces(&self) -> usize {
+        self.chains.iter().map(|chain| chain.pieces.len()).sum()
+    }
+
     /// The question as a message.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeQuestionError> {
         let chains = self.chains.iter().map(|chain| {

@@ -109,13 +109,12 @@ impl Responder {
                 return self.refuse("malformed");
             }
         };
-        let pieces: usize = question.chains.iter().map(|chain| chain.pieces.len()).sum();
         let serves = |shard: kvatlas_proto::ShardId| self.serving.has(shard.number());
         let answer = self.index.look_up(&question, serves, self.clock.now_ms());
         match answer.encode() {
             Ok(bytes) => {
                 self.metrics.answered.inc();
-                self.metrics.answered_pieces.inc_by(pieces as u64);
+                self.metrics.answered_pieces.inc_by(question.pieces() as u64);
                 // A broker that is away cannot take it, and the asker's time passes.
                 let _ = self.bus.publish(reply, Bytes::from(bytes)).await;
             }

@@ -206,11 +206,13 @@ fn remember(past: &mut VecDeque<Vec<u64>>, chain: Chain) {
     }
 }
 
-fn token_of(chain: u64, block: u64, token: u64) -> u32 {
+/// A token of a block of a chain.
+pub(crate) fn token_of(chain: u64, block: u64, token: u64) -> u32 {
     (mixed(chain, block << 8 | token) % VOCABULARY) as u32
 }
 
-fn hash_of(chain: u64, block: usize) -> EngineHash {
+/// The engines' name of a block of a chain.
+pub(crate) fn hash_of(chain: u64, block: usize) -> EngineHash {
     EngineHash::Int(mixed(chain ^ 0x6861_7368, block as u64))
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kvatlas_proto::{InstanceId, KeyHasher, Partition};
+use kvatlas_proto::{InstanceId, KeyHasher};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Shim, ShimConfig};
 use kvatlas_shim::zmq::Attach;
@@ -23,6 +23,7 @@ use super::churn::ChurnEngine;
 use super::clock::Clock;
 use super::processes::{Process, ProcessError};
 use super::rig::{Blocks, LOOK_INTERVAL, MODEL, Rig};
+use super::site::Site;
 use crate::publisher::{EnginePublisher, PublisherConfig};
 use crate::sockets::{BindError, SendError, StreamEndpoints};
 use crate::wire::{Batch, Event};
@@ -117,8 +118,8 @@ struct Driver {
 // === impl Fleet ===
 
 impl Fleet {
-    /// Starts engines and shims on a rig, and waits until every shim follows its engine.
-    pub async fn start(rig: &Rig, config: FleetConfig) -> Result<Self, RecoveryError> {
+    /// Starts engines and shims at a site, and waits until every shim follows its engine.
+    pub async fn start(site: &Site, config: FleetConfig) -> Result<Self, RecoveryError> {
         let stored = Arc::new(AtomicU64::new(0));
         let mut fleet = Self { engines: Vec::new(), shims: Vec::new(), stored };
         for number in 0..config.engines {
@@ -129,22 +130,22 @@ impl Fleet {
             let endpoints = publisher.endpoints().clone();
             fleet.shims.push(match config.shims {
                 ShimPlace::Inside => {
-                    RunningShim::Inside(Shim::start(&shim_config(rig, &name, &endpoints), &rig.shim_bus())?)
+                    RunningShim::Inside(Shim::start(&shim_config(site, &name, &endpoints), &site.bus)?)
                 }
                 ShimPlace::Processes => {
-                    RunningShim::Process(Some(shim_process(rig, number, &name, &endpoints)?))
+                    RunningShim::Process(Some(shim_process(site, number, &name, &endpoints)?))
                 }
             });
             // Engines that bind lose what they say before anybody listens.
             publisher.wait_for_subscribers(1, FOLLOW_TIMEOUT).await?;
-            fleet.engines.push(fleet.drive(rig, &config, number, name, publisher));
+            fleet.engines.push(fleet.drive(site, &config, number, name, publisher));
         }
         Ok(fleet)
     }
 
     fn drive(
         &self,
-        rig: &Rig,
+        site: &Site,
         config: &FleetConfig,
         number: usize,
         name: String,
@@ -156,7 +157,7 @@ impl Fleet {
         let driver = Driver {
             model: Arc::clone(&model),
             commands: queue,
-            clock: rig.clock(),
+            clock: site.clock,
             stored: Arc::clone(&self.stored),
             fill_blocks: config.fill_blocks.max(1),
             offset: STEP.mul_f64(number as f64 / config.engines as f64),
@@ -166,9 +167,9 @@ impl Fleet {
     }
 
     /// Starts the shim process of an engine again.
-    pub fn start_shim(&mut self, rig: &Rig, number: usize) -> Result<(), ProcessError> {
+    pub fn start_shim(&mut self, site: &Site, number: usize) -> Result<(), ProcessError> {
         let engine = &self.engines[number];
-        let process = shim_process(rig, number, &engine.name, &engine.endpoints)?;
+        let process = shim_process(site, number, &engine.name, &engine.endpoints)?;
         self.shims[number] = RunningShim::Process(Some(process));
         Ok(())
     }
@@ -365,29 +366,29 @@ impl Driver {
 
 /// The shim of one engine as a process of its own.
 fn shim_process(
-    rig: &Rig,
+    site: &Site,
     number: usize,
     name: &str,
     endpoints: &StreamEndpoints,
 ) -> Result<Process, ProcessError> {
     let StreamEndpoints { events, replay, .. } = endpoints;
     let spec = format!("model={MODEL},instance={name},zmq={events},replay={replay}");
-    let state = rig.folder().join(format!("shim-{number}"));
+    let state = site.folder.join(format!("shim-{number}"));
     let mut arguments: Vec<OsString> = ["--log", "warn,kvatlas_shim=info", "shim"].map(OsString::from).into();
-    arguments.extend(rig.deployment());
+    arguments.extend(site.deployment());
     arguments.extend(["--http-listen", "127.0.0.1:0", "--engine", &spec].map(OsString::from));
     arguments.extend(["--state-dir".into(), state.into()]);
-    Process::start("a shim", rig.kvatlas(), &arguments, &rig.folder().join(format!("shim-{number}.log")))
+    Process::start("a shim", &site.kvatlas, &arguments, &site.folder.join(format!("shim-{number}.log")))
 }
 
 /// A batch as of now.
-pub(super) fn batch(events: Vec<Event>) -> Batch {
+pub(crate) fn batch(events: Vec<Event>) -> Batch {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Batch { time_s: now.as_secs_f64(), events, rank: 0 }
 }
 
 /// A shim in this process that follows one engine.
-pub(super) fn shim_config(rig: &Rig, name: &str, endpoints: &StreamEndpoints) -> ShimConfig {
+pub(crate) fn shim_config(site: &Site, name: &str, endpoints: &StreamEndpoints) -> ShimConfig {
     ShimConfig {
         adapter: None,
         model: MODEL.to_owned(),
@@ -403,8 +404,8 @@ pub(super) fn shim_config(rig: &Rig, name: &str, endpoints: &StreamEndpoints) ->
         block_size: None,
         removal: RemovalPolicy::PerCopy,
         hasher: KeyHasher::default(),
-        partition: Partition::WHOLE,
+        partition: site.partition,
         limits: MirrorLimits::default(),
-        subjects: rig.subjects().clone(),
+        subjects: site.subjects.clone(),
     }
 }

@@ -71,7 +71,7 @@ pub(super) async fn run(config: &RecoveryConfig) -> Result<CaseReport, RecoveryE
     let mut rig = Rig::start(config.rig(None)).await?;
     rig.start_index()?;
     rig.wait_ready().await?;
-    let fleet = Fleet::start(&rig, config.fleet()).await?;
+    let fleet = Fleet::start(&rig.site(), config.fleet()).await?;
     fleet.fill().await?;
     rig.wait_exact(config.engines, PATIENCE).await?;
     fleet.set_rate(config.loss_blocks_per_s).await?;

@@ -5,8 +5,10 @@
 //! * [`follower`]: what sources held after each frame: the measure for "exact".
 //! * [`lossy`]: a bus that loses messages and observes all of them.
 //! * [`processes`]: child processes, killed as a crash kills.
+//! * [`site`]: what is common to the processes of a rig.
 //! * [`rig`]: broker, bus and index.
 //! * [`fleet`]: engines with their shims.
+//! * [`judge`]: what an answer says against what engines held.
 //! * [`sampler`]: asks without pause and judges the answers.
 //! * [`restart`], [`loss`], [`routing`], [`upkeep`]: the cases.
 //!
@@ -30,6 +32,7 @@ pub mod churn;
 pub mod clock;
 pub mod fleet;
 pub mod follower;
+pub mod judge;
 pub mod ledger;
 pub mod loss;
 pub mod lossy;
@@ -38,6 +41,7 @@ pub mod restart;
 pub mod rig;
 pub mod routing;
 pub mod sampler;
+pub mod site;
 pub mod upkeep;
 
 use crate::engine_sim::{EnqueueError, InvalidSimConfigError};

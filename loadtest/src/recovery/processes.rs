@@ -138,14 +138,33 @@ impl Process {
 
     /// Asks it to stop (SIGTERM) and waits until it is gone.
     pub async fn terminate(mut self) -> Result<(), ProcessError> {
+        self.signal("TERM").await?;
         let failed = |source| ProcessError::Kill { name: self.name, source };
-        if let Some(pid) = self.child.id() {
-            Command::new("kill").args(["-TERM", &pid.to_string()]).status().await.map_err(failed)?;
-        }
         match timeout(START_TIMEOUT, self.child.wait()).await {
             Ok(ended) => ended.map(drop).map_err(failed),
             Err(_) => self.kill().await,
         }
+    }
+
+    /// Holds it where it is (SIGSTOP): it keeps its connections and says nothing.
+    pub async fn freeze(&self) -> Result<(), ProcessError> {
+        self.signal("STOP").await
+    }
+
+    /// Lets it go on (SIGCONT).
+    pub async fn thaw(&self) -> Result<(), ProcessError> {
+        self.signal("CONT").await
+    }
+
+    /// Its number while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    async fn signal(&self, name: &str) -> Result<(), ProcessError> {
+        let Some(pid) = self.child.id() else { return Ok(()) };
+        let sent = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().await;
+        sent.map(drop).map_err(|source| ProcessError::Kill { name: self.name, source })
     }
 
     fn last_words(&self) -> String {
@@ -182,7 +201,8 @@ pub async fn nats_greets(address: SocketAddr) -> bool {
 pub async fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
     let exchange = async {
         let mut stream = TcpStream::connect(address).await.ok()?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        // Of version 1.0, so that the answer comes in one piece.
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = String::new();
         stream.take(HTTP_MAX_BYTES).read_to_string(&mut answer).await.ok()?;

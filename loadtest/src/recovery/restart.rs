@@ -68,7 +68,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     let mut rig = Rig::start(config.rig(interval)).await?;
     rig.start_index()?;
     rig.wait_ready().await?;
-    let fleet = Fleet::start(&rig, config.fleet()).await?;
+    let fleet = Fleet::start(&rig.site(), config.fleet()).await?;
     fleet.fill().await?;
     rig.wait_exact(config.engines, PATIENCE).await?;
     let filled = SystemTime::now();

@@ -13,8 +13,8 @@ use std::time::{Duration, SystemTime};
 
 use kvatlas_bus::{Bus, NatsBus, NatsConfig};
 use kvatlas_client::{CallError, Client, ClientConfig, EndpointError};
-use kvatlas_proto::grpc;
 use kvatlas_proto::subject::Subjects;
+use kvatlas_proto::{Partition, grpc};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
@@ -23,6 +23,7 @@ use super::clock::Clock;
 use super::follower::Judgement;
 use super::lossy::LossyBus;
 use super::processes::{Process, ProcessError, free_port, http_get, nats_greets};
+use super::site::Site;
 
 /// Model name of the simulated engines.
 pub const MODEL: &str = "recovery";
@@ -260,34 +261,18 @@ impl Rig {
         &self.watcher
     }
 
-    /// The same, as shims take it.
-    pub fn shim_bus(&self) -> Arc<dyn Bus> {
-        Arc::clone(&self.watcher.bus) as Arc<dyn Bus>
-    }
-
-    /// Subjects of the rig's deployment.
-    pub fn subjects(&self) -> &Subjects {
-        &self.subjects
-    }
-
-    /// Where the broker is.
-    pub fn nats_url(&self) -> String {
-        nats_url(self.nats_port)
-    }
-
-    /// The `kvatlas` program.
-    pub fn kvatlas(&self) -> &Path {
-        &self.config.kvatlas
-    }
-
-    /// The arguments that make a `kvatlas` process part of this deployment.
-    pub fn deployment(&self) -> [OsString; 4] {
-        ["--nats".into(), self.nats_url().into(), "--subject-prefix".into(), PREFIX.into()]
-    }
-
-    /// Where files of this rig may lie.
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
+    /// What shims need to be part of the rig's deployment.
+    pub fn site(&self) -> Site {
+        Site {
+            kvatlas: self.config.kvatlas.clone(),
+            folder: self.folder.path().to_owned(),
+            brokers: vec![nats_url(self.nats_port)],
+            partition: Partition::WHOLE,
+            prefix: PREFIX,
+            subjects: self.subjects.clone(),
+            bus: Arc::clone(&self.watcher.bus) as Arc<dyn Bus>,
+            clock: self.watcher.clock,
+        }
     }
 
     /// The clock by which everything is judged.

@@ -25,6 +25,7 @@ use super::clock::Clock;
 use super::fleet::{batch, shim_config};
 use super::ledger::Ledger;
 use super::rig::{Blocks, LOOK_INTERVAL, MODEL, Rig};
+use super::site::Site;
 use super::{Case, CaseReport, Details, RecoveryConfig, RecoveryError, rounded};
 use crate::engine_sim::{HashForm, SimConfig, SimEngine};
 use crate::publisher::{EnginePublisher, PublisherConfig};
@@ -126,7 +127,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     let mut rig = Rig::start(config.rig(warm.then_some(CHECKPOINT_INTERVAL))).await?;
     rig.start_index()?;
     rig.wait_ready().await?;
-    let mut engines = start_engines(&rig).await?;
+    let mut engines = start_engines(&rig.site()).await?;
     let client = rig.client(config.patience)?;
     let (clock, mut tally) = (rig.clock(), Tally::default());
     let (mut counts, mut started, mut recovery) = (rig.bus().counts(), Instant::now(), None);
@@ -182,7 +183,7 @@ pub(super) async fn run(config: &RecoveryConfig, warm: bool) -> Result<CaseRepor
     })
 }
 
-async fn start_engines(rig: &Rig) -> Result<Vec<Engine>, RecoveryError> {
+async fn start_engines(site: &Site) -> Result<Vec<Engine>, RecoveryError> {
     let mut engines = Vec::new();
     for number in 0..ENGINES {
         let config = SimConfig {
@@ -194,7 +195,7 @@ async fn start_engines(rig: &Rig) -> Result<Vec<Engine>, RecoveryError> {
         };
         let name = format!("10.0.1.{number}:8000");
         let publisher = EnginePublisher::bind(PublisherConfig::default()).await?;
-        let shim = Shim::start(&shim_config(rig, &name, publisher.endpoints()), &rig.shim_bus())?;
+        let shim = Shim::start(&shim_config(site, &name, publisher.endpoints()), &site.bus)?;
         publisher.wait_for_subscribers(1, LONGEST).await?;
         engines.push(Engine {
             name,

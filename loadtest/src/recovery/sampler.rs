@@ -7,15 +7,15 @@ use hdrhistogram::Histogram;
 use kvatlas_client::{Client, EndpointError};
 use kvatlas_proto::grpc;
 use parking_lot::Mutex;
+use rand::SeedableRng;
 use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
-use super::churn::{BLOCK_TOKENS, ChurnEngine};
 use super::clock::Clock;
 use super::fleet::Fleet;
-use super::rig::{MODEL, Rig};
+use super::judge::{Judge, question};
+use super::rig::Rig;
 
 /// Largest window in which a claim may have been right: what engines held is remembered a little longer.
 pub const MAX_WINDOW: Duration = Duration::from_secs(4);
@@ -53,7 +53,7 @@ pub struct SampleCounts {
 struct Asker {
     client: Client,
     clock: Clock,
-    engines: Vec<(String, Arc<Mutex<ChurnEngine>>)>,
+    judge: Judge,
     random: StdRng,
     window_ms: u64,
     counts: Arc<Mutex<SampleCounts>>,
@@ -66,11 +66,10 @@ impl Sampler {
     /// the window (at most [`MAX_WINDOW`]) before the answer, and a block is missed if the engine has held it for longer.
     pub fn start(rig: &Rig, fleet: &Fleet, window: Duration, seed: u64) -> Result<Self, EndpointError> {
         let counts = Arc::new(Mutex::new(SampleCounts::default()));
-        let engines = fleet.engines().iter();
         let asker = Asker {
             client: rig.client(DEADLINE)?,
             clock: rig.clock(),
-            engines: engines.map(|engine| (engine.name().to_owned(), Arc::clone(engine.model()))).collect(),
+            judge: Judge::of(fleet),
             random: StdRng::seed_from_u64(seed),
             window_ms: window.min(MAX_WINDOW).as_millis() as u64,
             counts: Arc::clone(&counts),
@@ -117,9 +116,7 @@ impl SampleCounts {
 impl Asker {
     async fn run(mut self) {
         loop {
-            let at = self.random.random_range(0..self.engines.len());
-            let chain = self.engines[at].1.lock().some_chain(&mut self.random);
-            let Some(chain) = chain else {
+            let Some(chain) = self.judge.some_chain(&mut self.random) else {
                 sleep(PAUSE).await;
                 continue;
             };
@@ -136,24 +133,12 @@ impl Asker {
     fn judge(&self, chain: &[u64], answer: &grpc::ScoreResponse, asked_ms: u64, took: Duration) {
         let since_ms = asked_ms.saturating_sub(self.window_ms);
         let (mut wrong, mut misses) = (0, false);
-        for (name, model) in &self.engines {
-            let row = answer.instances.iter().find(|row| row.instance == *name);
-            let claimed = row.map_or(0, |row| row.matched_blocks as usize);
-            let model = model.lock();
-            let (most, least) =
-                (model.ledger().depth_since(chain, since_ms), model.ledger().depth_before(chain, since_ms));
-            drop(model);
-            misses |= claimed < least;
-            if claimed > most {
+        for finding in self.judge.findings(chain, answer, |_| since_ms) {
+            misses |= finding.is_missed();
+            if finding.is_wrong() {
                 wrong += 1;
                 if self.counts.lock().false_positives < MAX_LOGGED {
-                    tracing::warn!(
-                        instance = name,
-                        claimed,
-                        most,
-                        coverage = answer.coverage,
-                        "a false positive"
-                    );
+                    tracing::warn!(?finding, coverage = answer.coverage, "a false positive");
                 }
             }
         }
@@ -169,16 +154,6 @@ impl Asker {
     }
 }
 
-fn question(chain: &[u64]) -> grpc::ScoreRequest {
-    let prompt = grpc::Prompt {
-        model: MODEL.to_owned(),
-        block_size: BLOCK_TOKENS,
-        input: Some(grpc::prompt::Input::BlockKeys(grpc::BlockKeys { keys: chain.to_vec() })),
-        ..Default::default()
-    };
-    grpc::ScoreRequest { prompt: Some(prompt), ..Default::default() }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
@@ -186,7 +161,7 @@ mod tests {
     use kvatlas_client::ClientConfig;
 
     use super::*;
-    use crate::recovery::churn::MIN_CAPACITY;
+    use crate::recovery::churn::{ChurnEngine, MIN_CAPACITY};
 
     fn answer(matched_blocks: u32, coverage: f64) -> grpc::ScoreResponse {
         let row = grpc::InstanceScore { instance: "a:1".into(), matched_blocks, ..Default::default() };
@@ -204,7 +179,7 @@ mod tests {
             client: Client::connect(ClientConfig::new(SocketAddr::from(([127, 0, 0, 1], 1)).to_string()))
                 .unwrap(),
             clock: Clock::start(),
-            engines: vec![("a:1".into(), Arc::new(Mutex::new(engine)))],
+            judge: Judge::new(vec![("a:1".into(), Arc::new(Mutex::new(engine)))]),
             random: StdRng::seed_from_u64(1),
             window_ms: 1_000,
             counts: Arc::default(),
@@ -218,7 +193,7 @@ mod tests {
         assert_eq!(judge(all - 1, 1.0, 1_000), (1, 0, 0, 0), "it may still be on its way");
         assert_eq!(judge(all - 1, 1.0, 1_001), (1, 0, 0, 1));
         assert_eq!(judge(0, 0.0, 1_500), (0, 1, 0, 0), "the server said that it does not know yet");
-        asker.engines[0].1.lock().restart(2_000);
+        asker.judge.engines()[0].1.lock().restart(2_000);
         assert_eq!(judge(all, 1.0, 3_000), (1, 0, 0, 0));
         assert_eq!(judge(all, 1.0, 3_001), (1, 0, 1, 0));
         assert_eq!(judge(1, 0.0, 3_001), (0, 1, 1, 0), "a wrong claim is wrong whatever the server said");

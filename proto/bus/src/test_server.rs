@@ -6,34 +6,28 @@
 //!
 //! For tests only: failures panic.
 
+pub mod program;
+
 use std::ffi::OsString;
-use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use program::{PORT_ATTEMPTS, Process, Program, START_POLL, START_TIMEOUT, free_port, free_ports, log_text};
+
 /// Names the binary to use.
 const BINARY_VARIABLE: &str = "KVATLAS_NATS_SERVER";
-/// Makes a missing binary a failure when set to `1`.
-const REQUIRE_VARIABLE: &str = "KVATLAS_REQUIRE_SERVERS";
-/// Longest wait for the server to greet. It takes about 50 ms; a loaded machine takes seconds.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the port is tried meanwhile.
-const START_POLL: Duration = Duration::from_millis(10);
 /// Longest wait for the rest of a greeting on an open connection.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(1);
-/// Ports tried: one can be taken between being found free and being used.
-const PORT_ATTEMPTS: usize = 10;
 
 /// A running (or stopped) nats-server. Dropping it ends the process and deletes its folder.
 #[derive(Debug)]
 pub struct NatsServer {
-    binary: PathBuf,
+    program: Program,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     port: u16,
@@ -55,10 +49,6 @@ struct ClusterNode {
     monitor: u16,
 }
 
-/// A child that does not outlive its owner.
-#[derive(Debug)]
-struct Process(Child);
-
 // === impl NatsServer ===
 
 impl NatsServer {
@@ -75,7 +65,7 @@ impl NatsServer {
     /// The same, with variables that a configuration file refers to.
     pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Option<Self> {
         let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
-        let mut server = Self::stopped(find_or_skip()?, 0, arguments);
+        let mut server = Self::stopped(Program::find("nats-server", BINARY_VARIABLE)?, 0, arguments);
         server.environment = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
         for _ in 0..PORT_ATTEMPTS {
             server.port = free_port();
@@ -83,7 +73,7 @@ impl NatsServer {
                 return Some(server);
             }
         }
-        panic!("nats-server did not start on any of {PORT_ATTEMPTS} ports: {}", server.log());
+        panic!("nats-server did not start on any of {PORT_ATTEMPTS} ports: {}", log_text(&server.log_path()));
     }
 
     /// Like [`Self::start`], with JetStream. What is stored survives [`Self::restart`].
@@ -91,9 +81,9 @@ impl NatsServer {
         Self::start_with(&["-js"])
     }
 
-    fn stopped(binary: PathBuf, port: u16, arguments: Vec<OsString>) -> Self {
+    fn stopped(program: Program, port: u16, arguments: Vec<OsString>) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the server's files");
-        Self { binary, arguments, environment: Vec::new(), port, process: None, folder }
+        Self { program, arguments, environment: Vec::new(), port, process: None, folder }
     }
 
     /// Where clients connect, without credentials.
@@ -120,7 +110,7 @@ impl NatsServer {
             // Whoever took the port meanwhile is most likely a short connection.
             thread::sleep(Duration::from_millis(200));
         }
-        panic!("nats-server did not start again on port {}: {}", self.port, self.log());
+        panic!("nats-server did not start again on port {}: {}", self.port, log_text(&self.log_path()));
     }
 
     /// Deletes what a stopped server has stored.
@@ -135,40 +125,22 @@ impl NatsServer {
 
     /// Whether a server runs and greets; `false` if it ended, which is what a taken port makes it do.
     fn launch(&mut self) -> bool {
-        let child = Command::new(&self.binary)
+        let (address, log) = (self.address(), self.log_path());
+        let mut command = self.program.command();
+        command
             .args(["-a", "127.0.0.1", "-p", &self.port.to_string()])
             .arg("--store_dir")
             .arg(self.folder.path())
             .arg("--log")
-            .arg(self.log_path())
+            .arg(&log)
             .args(&self.arguments)
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot run {}: {error}", self.binary.display()));
-        let mut process = Process(child);
-        let started = Instant::now();
-        while started.elapsed() < START_TIMEOUT {
-            if process.0.try_wait().expect("the state of our own child").is_some() {
-                return false;
-            }
-            if greets(self.address()) {
-                self.process = Some(process);
-                return true;
-            }
-            thread::sleep(START_POLL);
-        }
-        panic!("nats-server on port {} did not greet within {START_TIMEOUT:?}: {}", self.port, self.log());
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        self.process = self.program.launch(command, &log, || greets(address));
+        self.process.is_some()
     }
 
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("nats-server.log")
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.log_path()).unwrap_or_else(|error| format!("no log ({error})"))
     }
 }
 
@@ -178,9 +150,9 @@ impl NatsCluster {
     /// Starts a cluster of so many servers and waits until every one has found the others and keeps buckets; `None` (and a
     /// line on standard error) where there is no binary and none is required.
     pub fn start(servers: usize) -> Option<Self> {
-        let binary = find_or_skip()?;
+        let program = Program::find("nats-server", BINARY_VARIABLE)?;
         for _ in 0..PORT_ATTEMPTS {
-            let mut cluster = Self { nodes: nodes(&binary, servers) };
+            let mut cluster = Self { nodes: nodes(&program, servers) };
             // The first server waits for nobody: those that come later find it.
             if cluster.nodes.iter_mut().all(|node| node.server.launch()) {
                 (0..servers).for_each(|node| cluster.wait_until_well(node));
@@ -227,7 +199,7 @@ impl NatsCluster {
             assert!(
                 started.elapsed() < START_TIMEOUT,
                 "nats-server {node} of the cluster is not well within {START_TIMEOUT:?}: {}",
-                server.log()
+                log_text(&server.log_path())
             );
             thread::sleep(START_POLL);
         }
@@ -235,7 +207,7 @@ impl NatsCluster {
 }
 
 /// Servers that know each other's addresses, not started yet.
-fn nodes(binary: &Path, servers: usize) -> Vec<ClusterNode> {
+fn nodes(program: &Program, servers: usize) -> Vec<ClusterNode> {
     let ports = free_ports(3 * servers);
     let (clients, others) = ports.split_at(servers);
     let (monitors, routes) = others.split_at(servers);
@@ -256,63 +228,10 @@ fn nodes(binary: &Path, servers: usize) -> Vec<ClusterNode> {
         .chain(["-js"])
         .map(OsString::from)
         .collect();
-        let server = NatsServer::stopped(binary.to_owned(), clients[number], arguments);
+        let server = NatsServer::stopped(program.clone(), clients[number], arguments);
         ClusterNode { server, monitor: monitors[number] }
     };
     (0..servers).map(node).collect()
-}
-
-// === impl Process ===
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Both fail only if the process is gone already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The binary, or a line about its absence.
-fn find_or_skip() -> Option<PathBuf> {
-    let found = find_binary();
-    if found.is_none() {
-        let test = thread::current().name().unwrap_or("a test").to_owned();
-        assert!(
-            std::env::var_os(REQUIRE_VARIABLE).is_none_or(|value| value != "1"),
-            "{test} needs nats-server and {REQUIRE_VARIABLE}=1 forbids skipping: run scripts/provision"
-        );
-        #[allow(clippy::print_stderr, reason = "a skipped test has no other way to say so")]
-        {
-            eprintln!("skipped: {test} needs nats-server (run scripts/test to provision it)");
-        }
-    }
-    found
-}
-
-fn find_binary() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os(BINARY_VARIABLE) {
-        let path = PathBuf::from(path);
-        assert!(path.is_file(), "{BINARY_VARIABLE} names {}, which is no file", path.display());
-        return Some(path);
-    }
-    let name = format!("nats-server{}", std::env::consts::EXE_SUFFIX);
-    let provisioned =
-        Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|d| d.join("target/tools").join(&name));
-    let search = std::env::var_os("PATH").unwrap_or_default();
-    let installed = std::env::split_paths(&search).map(|d| d.join(&name));
-    provisioned.chain(installed).find(|path| path.is_file())
-}
-
-fn free_port() -> u16 {
-    free_ports(1)[0]
-}
-
-/// Different ports: each is held until all are found.
-fn free_ports(count: usize) -> Vec<u16> {
-    let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free loopback port");
-    let listeners: Vec<TcpListener> = (0..count).map(bind).collect();
-    let port = |listener: &TcpListener| listener.local_addr().expect("the address of a bound socket").port();
-    listeners.iter().map(port).collect()
 }
 
 /// Whether the server calls itself in order, which with JetStream includes that the cluster has a leader.
