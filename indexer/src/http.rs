@@ -78,7 +78,10 @@ async fn ready(State(state): State<HttpState>) -> impl IntoResponse {
     if *state.ready.borrow() {
         (StatusCode::OK, "ready\n")
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "the event subscription is closed\n")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not yet: publishers are still found out; or the event subscription is closed\n",
+        )
     }
 }
 

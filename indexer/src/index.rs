@@ -12,7 +12,7 @@ use kvatlas_proto::frame::{FrameHeader, FramePart, FrameView};
 use kvatlas_proto::keys::{KEY_VERSION, KeySeed};
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{KeyHasher, OwnerRef, Partition, Scope, ShardId, SourceId};
+use kvatlas_proto::{OwnerRef, Partition, Scope, ShardId, SourceId};
 use parking_lot::{Mutex, RwLock};
 
 use crate::checkpoint::{self, CheckpointSize, CheckpointWriter, ReadCheckpointError};
@@ -21,6 +21,7 @@ pub use crate::scope_index::Applied;
 use crate::scope_index::{Budget, OwnerEntry, OwnerNo, ScopeIndex, ScopeState};
 use crate::session::Permits;
 use crate::sources::{SourceState, Verdict};
+use crate::tenant_keys::TenantKeys;
 
 mod score;
 mod views;
@@ -67,7 +68,8 @@ pub(crate) type PartId = (Scope, ShardId);
 /// The map of who holds which block.
 pub struct Index {
     limits: IndexLimits,
-    hasher: KeyHasher,
+    /// How each tenant's keys are computed.
+    keys: RwLock<Arc<TenantKeys>>,
     partition: Partition,
     /// By shard number, whether its frames are for us.
     owned: RwLock<Vec<bool>>,
@@ -111,9 +113,9 @@ impl Index {
             partition,
             owned: RwLock::new(vec![false; usize::from(partition.shards())]),
             limits,
-            hasher: KeyHasher::new(seed),
+            keys: RwLock::new(Arc::new(TenantKeys::new(seed))),
             scopes: RwLock::default(),
-            budget: Budget::new(limits, KeyHasher::new(seed).root()),
+            budget: Budget::new(limits),
             troubled: Mutex::default(),
             permits: Permits::new(limits.recovery.transfers),
             next_request: AtomicU64::new(1),
@@ -123,11 +125,6 @@ impl Index {
     /// How the key space is cut.
     pub fn partition(&self) -> Partition {
         self.partition
-    }
-
-    /// How tokens become keys.
-    pub fn hasher(&self) -> &KeyHasher {
-        &self.hasher
     }
 
     /// Owns exactly these shards from now on. What is known of others is dropped, and their frames are refused.
@@ -145,6 +142,8 @@ impl Index {
             }
             keep
         });
+        // Else who comes back with the shard would be in there twice.
+        self.troubled.lock().retain(|((_, shard), _)| owned[usize::from(shard.number())]);
         drop(owned);
         dropped.iter().for_each(|part| part.empty(&self.budget));
     }
@@ -153,6 +152,25 @@ impl Index {
     pub fn owns(&self, shard: ShardId) -> bool {
         shard.of() == self.partition.shards()
             && self.owned.read().get(usize::from(shard.number())).copied().unwrap_or(false)
+    }
+
+    /// Tenants have these seeds from now on. Where a seed has changed, everything held of the tenant is dropped: its keys would
+    /// never match again. Its publishers are asked for their state anew, whichever seed they use.
+    pub fn replace_keys(&self, keys: TenantKeys) {
+        let keys = Arc::new(keys);
+        // Until this is let go nobody adds a scope, so none is made with the old root.
+        let scopes = self.scopes.write();
+        let before = std::mem::replace(&mut *self.keys.write(), Arc::clone(&keys));
+        let root_of = |keys: &TenantKeys, scope: &Scope| keys.of(scope.tenant()).root();
+        let changed: Vec<_> = scopes
+            .iter()
+            .filter(|((scope, _), _)| root_of(&before, scope) != root_of(&keys, scope))
+            .map(|((scope, _), index)| (root_of(&keys, scope), Arc::clone(index)))
+            .collect();
+        drop(scopes);
+        for (root, index) in changed {
+            index.on_new_root(root, &self.budget);
+        }
     }
 
     /// Applies a frame from the source's event subject, or says why not. `bytes` is what `frame` was parsed from: it may
@@ -247,7 +265,8 @@ impl Index {
             // A frame that is on its way into it is lost; its source then has a gap and is asked for everything.
             scopes.remove(&unused);
         }
-        let added = scopes.entry(id).or_insert_with(|| Arc::new(ScopeIndex::new(shard)));
+        let root = self.keys.read().of(scope.tenant()).root();
+        let added = scopes.entry(id).or_insert_with(|| Arc::new(ScopeIndex::new(shard, root)));
         Ok(Arc::clone(added))
     }
 
@@ -265,7 +284,7 @@ impl Index {
     /// Sources by model, tenant, block size, instance and rank.
     pub fn sources(&self, filter: &OwnerFilter, now_ms: u64) -> Vec<SourceInfo> {
         let mut out = Vec::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 let owners = source.owners.iter().filter_map(|no| owner_info(&state, *no)).collect();
@@ -287,7 +306,7 @@ impl Index {
     /// The owners that a dump would go through, in the order of [`Self::sources`].
     pub fn dump(&self, filter: &OwnerFilter) -> Vec<DumpOwner> {
         let mut found = BTreeMap::new();
-        for ((scope, _), index) in self.parts_where(|scope| filter.admits_scope(scope)) {
+        for ((scope, _), index) in self.parts_where(|part| filter.admits_part(part)) {
             let state = index.state.read();
             for (_, source) in state.sources().filter(|(_, source)| filter.admits_source(&source.id)) {
                 for (no, entry) in source.owners.iter().filter_map(|no| Some((*no, state.owner(*no)?))) {
@@ -331,7 +350,8 @@ impl Index {
         self.is_finding_out_of(&shards, now_ms)
     }
 
-    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them.
+    /// The same for some shards. Who publishes in any shard of a scope publishes in all of them: what a checkpoint says of
+    /// a source in one of them is not known as long as nothing was heard there, though the source be proved in another.
     pub fn is_finding_out_of(&self, shards: &[ShardId], now_ms: u64) -> bool {
         let mut living: BTreeMap<Scope, BTreeSet<SourceId>> = BTreeMap::new();
         for ((scope, _), index) in self.parts_where(|_| true) {
@@ -345,11 +365,9 @@ impl Index {
             shards.iter().any(|shard| {
                 let Some(part) = self.part(scope, *shard) else { return !sources.is_empty() };
                 let state = part.state.read();
-                let known: BTreeSet<&SourceId> = state.sources().map(|(_, source)| &source.id).collect();
+                let known = state.sources().filter(|(_, source)| source.tracker.counts());
+                let known: BTreeSet<&SourceId> = known.map(|(_, source)| &source.id).collect();
                 sources.iter().any(|id| !known.contains(id))
-                    || state
-                        .sources()
-                        .any(|(_, source)| !source.tracker.counts() && source.tracker.needs_help(now_ms))
             })
         })
     }
@@ -359,7 +377,7 @@ impl Index {
         let mut writer = CheckpointWriter::new(out)?;
         for (part, index) in self.parts_where(|_| true) {
             for source in index.source_ids() {
-                if let Some(saved) = index.save(&part, &source, self.hasher.root()) {
+                if let Some(saved) = index.save(&part, &source) {
                     writer.add(&saved)?;
                 }
             }
@@ -430,9 +448,9 @@ impl Index {
         Ok(())
     }
 
-    pub(crate) fn parts_where(&self, admit: impl Fn(&Scope) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
+    pub(crate) fn parts_where(&self, admit: impl Fn(&PartId) -> bool) -> Vec<(PartId, Arc<ScopeIndex>)> {
         let scopes = self.scopes.read();
-        let admitted = scopes.iter().filter(|((scope, _), _)| admit(scope));
+        let admitted = scopes.iter().filter(|(part, _)| admit(part));
         admitted.map(|(id, index)| (id.clone(), Arc::clone(index))).collect()
     }
 

@@ -3,7 +3,7 @@ use std::collections::{HashMap, HashSet};
 use kvatlas_proto::frame::SourceHealth;
 use kvatlas_proto::keys::{KeyVariant, MultimodalItem, PromptExtras};
 use kvatlas_proto::request::Want;
-use kvatlas_proto::{Epoch, FrameSeq, GroupKind, Tier};
+use kvatlas_proto::{Epoch, FrameSeq, GroupKind, KeyHasher, Tier};
 use proptest::prelude::*;
 
 use super::*;
@@ -641,6 +641,48 @@ fn a_seed_of_the_operator_separates_indexes() {
         send(index, &mut a, &[Op::Stored(0, keys.clone())]);
     }
     assert_eq!(depths(&secret, &by_tokens(&tokens, PromptExtras::default())).len(), 1);
+}
+
+#[test]
+fn a_tenant_with_another_seed_matches_nothing_of_before_and_others_keep_theirs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("secrets.toml");
+    let keys_of_a = |secret: &str| {
+        std::fs::write(&path, format!("[tenants]\na = \"{}\"\n", secret.repeat(32))).unwrap();
+        TenantKeys::read(&path, KeySeed::PUBLISHED).unwrap()
+    };
+    let (index, tokens) = (index(), (0..32).collect::<Vec<u32>>());
+    let (old, new) = (keys_of_a("1"), keys_of_a("2"));
+    let publish = |keys: &TenantKeys, tenant: &str, instance: &str, epoch: u64| {
+        let mut publisher = Publisher::new("m", instance).scope(tenant, 16);
+        publisher.epoch(epoch);
+        publisher.root = keys.of(tenant).root().0;
+        let chain = keys.of(tenant).chain(&tokens, 16).iter().map(|key| key.0).collect();
+        send(&index, &mut publisher, &[Op::Stored(0, chain)]);
+    };
+    let matched = |tenant: &str| {
+        let query = by_tokens(&tokens, PromptExtras::default());
+        let rows = index.score(&ScoreQuery { tenant, ..query }).unwrap().rows;
+        rows.iter().map(|row| row.matched.matched_blocks).sum::<u32>()
+    };
+    index.replace_keys(old.clone());
+    publish(&old, "a", "a:1", 1);
+    publish(&old, "", "b:1", 1);
+    assert_eq!((matched("a"), matched("")), (2, 2));
+
+    index.replace_keys(new.clone());
+    assert_eq!((matched("a"), matched("")), (0, 2), "nothing of before is left of the tenant");
+    index.check().unwrap();
+    // A shim that still has the old secret is taken in, and matches nothing.
+    publish(&old, "a", "a:1", 2);
+    assert_eq!(matched("a"), 0);
+    // One that was restarted with the new one matches.
+    publish(&new, "a", "a:1", 3);
+    assert_eq!((matched("a"), matched("")), (2, 2));
+    index.check().unwrap();
+    // The same keys change nothing.
+    index.replace_keys(new);
+    assert_eq!((matched("a"), matched("")), (2, 2));
 }
 
 #[test]

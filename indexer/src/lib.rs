@@ -18,7 +18,6 @@ mod bits;
 mod burst;
 mod changes;
 mod checkpoint;
-mod checkpoint_file;
 mod clock;
 pub mod cluster;
 pub mod engine;
@@ -41,6 +40,8 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
+pub mod store;
+mod tenant_keys;
 mod tls;
 mod trust;
 mod watched;
@@ -55,7 +56,6 @@ pub use admission::{DEFAULT_MAX_INFLIGHT, MAX_ADMISSION_WAIT};
 pub use auth::{MAX_CREDENTIALS, MAX_IDENTITIES, MAX_TOKEN_BYTES};
 pub use bits::Bits;
 pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
-pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
 pub use cluster::{ClusterConfig, SHARD_TIMEOUT};
 pub use held::{HELD_BYTES, HELD_FRAMES, RecoveryLimits};
 pub use http::{HttpServer, ListenError};
@@ -76,5 +76,9 @@ pub use server::{
     RunningIndexServer, ServingLimits, StartError,
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};
+pub use store::{CHECKPOINT_INTERVAL, CheckpointConfig, CheckpointStore};
+pub use tenant_keys::{
+    MAX_SECRET_BYTES, MAX_TENANT_SECRETS, MIN_SECRET_BYTES, TenantKeys, TenantSecretsError,
+};
 pub use tls::TlsFiles;
 pub use watched::{MAX_WATCHED_BYTES, RELOAD_INTERVAL, WatchedFileError};

@@ -1,6 +1,6 @@
 //! The server's metrics, as fields: registered once, counted where things happen.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use kvatlas_proto::grpc::PredictionSource;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -18,6 +18,19 @@ use crate::sources::{DegradedReason, SourceState, Verdict};
 /// Why something was dropped, refused or counted apart.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ReasonLabel {
+    pub(crate) reason: &'static str,
+}
+
+/// A kind of checkpoint store.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct StoreLabel {
+    pub(crate) store: &'static str,
+}
+
+/// A kind of checkpoint store, and why it did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct StoreReasonLabel {
+    pub(crate) store: &'static str,
     pub(crate) reason: &'static str,
 }
 
@@ -86,12 +99,16 @@ pub(crate) struct Metrics {
     pub(crate) blocks_refused: Counter,
     pub(crate) owners_refused: Counter,
     pub(crate) sources_expired: Family<ReasonLabel, Counter>,
-    pub(crate) checkpoints_written: Counter,
-    pub(crate) checkpoint_failures: Counter,
-    pub(crate) checkpoint_refused: Family<ReasonLabel, Counter>,
+    pub(crate) checkpoints_written: Family<StoreLabel, Counter>,
+    pub(crate) checkpoint_failures: Family<StoreReasonLabel, Counter>,
+    pub(crate) checkpoint_refused: Family<StoreReasonLabel, Counter>,
     pub(crate) checkpoint_restored_blocks: Gauge,
     pub(crate) checkpoint_bytes: Gauge,
     pub(crate) checkpoint_duration: Gauge<f64, AtomicU64>,
+    pub(crate) checkpoint_load_duration: Gauge<f64, AtomicU64>,
+    checkpoint_age: Gauge<f64, AtomicU64>,
+    /// Milliseconds of the server's clock, plus one; 0: never.
+    checkpoint_saved_ms: AtomicU64,
     pub(crate) calls: Family<CallLabel, Counter>,
     pub(crate) lookup: LookupHistogram,
     pub(crate) connections_refused: Family<ReasonLabel, Counter>,
@@ -178,12 +195,6 @@ impl Metrics {
                 "Times a source that counted was found to differ from its publisher at the same sequence",
                 &self.divergences,
             ),
-            ("checkpoints_written", "Checkpoints that were written", &self.checkpoints_written),
-            (
-                "checkpoint_failures",
-                "Checkpoints that could not be written; the last one stays",
-                &self.checkpoint_failures,
-            ),
             ("blocks_stored", "Blocks that an owner did not hold before", &self.blocks_stored),
             ("blocks_removed", "Blocks that an owner does not hold any more", &self.blocks_removed),
             (
@@ -227,11 +238,6 @@ impl Metrics {
                 &self.request_failures,
             ),
             (
-                "checkpoint_refused",
-                "Checkpoints that could not be used at the start, by reason; the index then started cold",
-                &self.checkpoint_refused,
-            ),
-            (
                 "connections_refused",
                 "Connections to the gRPC port that were not taken: over the limit, or the TLS handshake failed",
                 &self.connections_refused,
@@ -261,6 +267,21 @@ impl Metrics {
         for (name, help, family) in by_reason {
             registry.register(name, help, family.clone());
         }
+        registry.register(
+            "checkpoints_written",
+            "Checkpoints that were saved, by kind of store",
+            self.checkpoints_written.clone(),
+        );
+        registry.register(
+            "checkpoint_failures",
+            "Checkpoints that could not be saved, by kind of store and reason; the last one stays",
+            self.checkpoint_failures.clone(),
+        );
+        registry.register(
+            "checkpoint_refused",
+            "Checkpoints that could not be loaded or used at the start, by kind of store and reason; the index then started cold",
+            self.checkpoint_refused.clone(),
+        );
         registry.register(
             "requests",
             "Questions that were sent to publishers: frames (lost ones again) or state (what differs from ours)",
@@ -317,9 +338,21 @@ impl Metrics {
         }
         registry.register_with_unit(
             "checkpoint_duration",
-            "Time that the last checkpoint took to write",
+            "Time that the last checkpoint took to save",
             Unit::Seconds,
             self.checkpoint_duration.clone(),
+        );
+        registry.register_with_unit(
+            "checkpoint_load_duration",
+            "Time that it took to take in a checkpoint at the start; 0 if there was none to use",
+            Unit::Seconds,
+            self.checkpoint_load_duration.clone(),
+        );
+        registry.register_with_unit(
+            "checkpoint_age",
+            "Time since a checkpoint was last saved in this life of the server; infinite if none was",
+            Unit::Seconds,
+            self.checkpoint_age.clone(),
         );
         registry.register_with_unit(
             "verified_age",
@@ -344,6 +377,20 @@ impl Metrics {
             let count = totals.sources.get(&state).copied().unwrap_or(0);
             self.sources.get_or_create(&label).set(count as i64);
         }
+    }
+
+    /// Notes that a checkpoint was saved now.
+    pub(crate) fn set_checkpoint_saved(&self, now_ms: u64) {
+        self.checkpoint_saved_ms.store(now_ms.saturating_add(1), Relaxed);
+    }
+
+    /// Takes over the age of the last checkpoint; called before each scrape.
+    pub(crate) fn set_checkpoint_age(&self, now_ms: u64) {
+        let age = match self.checkpoint_saved_ms.load(Relaxed) {
+            0 => f64::INFINITY,
+            saved => now_ms.saturating_sub(saved - 1) as f64 / 1e3,
+        };
+        self.checkpoint_age.set(age);
     }
 
     /// A number that is another one whenever something has changed.

@@ -202,7 +202,7 @@ pub(crate) fn list_filter(request: pb::ListOwnersRequest) -> Result<OwnerFilter,
         check_scope(&request.model, &request.tenant)?;
         Some((request.model, request.tenant))
     };
-    Ok(OwnerFilter { model, instance: some_text(request.instance), block_size: None })
+    Ok(OwnerFilter { model, instance: some_text(request.instance), block_size: None, shard: None })
 }
 
 /// Checks a dump request.
@@ -212,6 +212,7 @@ pub(crate) fn dump_filter(request: pb::DumpRequest) -> Result<OwnerFilter, Reque
         block_size: optional_block_size(request.block_size)?,
         instance: some_text(request.instance),
         model: Some((request.model, request.tenant)),
+        shard: None,
     })
 }
 

@@ -37,8 +37,6 @@ mod saved;
 pub(crate) struct Budget {
     pub(crate) max_entries: usize,
     pub(crate) max_owners: usize,
-    /// The key before every prompt's first one.
-    pub(crate) root: BlockKey,
     pub(crate) recovery: RecoveryLimits,
     entries: AtomicUsize,
     owners: AtomicUsize,
@@ -61,8 +59,10 @@ pub(crate) type OwnerNo = Holder;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SourceNo(u32);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ScopeState {
+    /// The key before every prompt's first one: it follows from the tenant's seed.
+    root: BlockKey,
     pub(crate) engine: Engine,
     ids: BTreeMap<SourceId, SourceNo>,
     sources: Slots<SourceEntry>,
@@ -133,10 +133,10 @@ pub(crate) struct Looked {
 // === impl Budget ===
 
 impl Budget {
-    pub(crate) fn new(limits: IndexLimits, root: BlockKey) -> Self {
+    pub(crate) fn new(limits: IndexLimits) -> Self {
         let none = || AtomicUsize::new(0);
         let IndexLimits { blocks, owners, recovery, .. } = limits;
-        Self { max_entries: blocks, max_owners: owners, root, recovery, entries: none(), owners: none() }
+        Self { max_entries: blocks, max_owners: owners, recovery, entries: none(), owners: none() }
     }
 
     pub(crate) fn entries(&self) -> usize {
@@ -185,8 +185,9 @@ impl Applied {
 // === impl ScopeIndex ===
 
 impl ScopeIndex {
-    pub(crate) fn new(shard: ShardId) -> Self {
-        Self { shard, writer: Mutex::default(), state: RwLock::default() }
+    /// An empty part whose prompts begin after `root`.
+    pub(crate) fn new(shard: ShardId, root: BlockKey) -> Self {
+        Self { shard, writer: Mutex::default(), state: RwLock::new(ScopeState::new(root)) }
     }
 
     /// Forgets everything: the shard is somebody else's now.
@@ -196,7 +197,21 @@ impl ScopeIndex {
         budget.give_back_entries(state.engine.write().entries());
         let owners = state.sources().map(|(_, source)| source.owners.len()).sum();
         budget.owners.fetch_sub(owners, Ordering::Relaxed);
-        *state = ScopeState::default();
+        *state = ScopeState::new(state.root);
+    }
+
+    /// The tenant has another seed: what is held has keys that no prompt will have again. Publishers that still use the old
+    /// seed are taken in anew, and match nothing.
+    pub(crate) fn on_new_root(&self, root: BlockKey, budget: &Budget) {
+        let _writer = self.writer.lock();
+        let sources: Vec<SourceNo> = self.state.read().sources().map(|(no, _)| no).collect();
+        for no in sources {
+            let mut state = self.state.write();
+            let retired = state.retire_owners(no, budget);
+            state.drop_source(no);
+            purge(&mut state, retired);
+        }
+        self.state.write().root = root;
     }
 
     /// Applies a frame of this shard. `None` if its source is new and there are `max_sources` already.
@@ -330,6 +345,19 @@ impl ScopeIndex {
 // === impl ScopeState ===
 
 impl ScopeState {
+    fn new(root: BlockKey) -> Self {
+        Self {
+            root,
+            engine: Engine::default(),
+            ids: BTreeMap::new(),
+            sources: Slots::default(),
+            owners: Slots::default(),
+            variants: BTreeMap::new(),
+            doubtful: BTreeSet::new(),
+            without_full: 0,
+        }
+    }
+
     /// The source's number and its state; `None` for the state of a new one.
     fn find_or_add_source(
         &mut self,
@@ -449,7 +477,7 @@ impl ScopeState {
         keys: &[BlockKey],
         budget: &Budget,
     ) -> Stored {
-        let parent = (parent != budget.root).then_some(parent);
+        let parent = (parent != self.root).then_some(parent);
         let mut engine = self.engine.write();
         if budget.take_entries(keys.len()) {
             let stored = engine.store(owner, parent, keys);
@@ -485,9 +513,9 @@ impl ScopeState {
     }
 
     /// The blocks of an owner as (parent, key); parents before children within a stretch.
-    pub(crate) fn blocks_with_parents(&self, owner: OwnerNo, root: BlockKey) -> Vec<(BlockKey, BlockKey)> {
+    pub(crate) fn blocks_with_parents(&self, owner: OwnerNo) -> Vec<(BlockKey, BlockKey)> {
         let mut blocks = Vec::new();
-        self.engine.write().keys_of(owner, |parent, key| blocks.push((parent.unwrap_or(root), key)));
+        self.engine.write().keys_of(owner, |parent, key| blocks.push((parent.unwrap_or(self.root), key)));
         blocks
     }
 

@@ -26,9 +26,8 @@ use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::access::Access;
+use crate::access::{Access, Keep};
 use crate::admission::{Admission, DEFAULT_MAX_INFLIGHT};
-use crate::checkpoint_file::{self, CheckpointConfig};
 use crate::clock::Clock;
 use crate::cluster::{self, ClusterConfig};
 use crate::guard::Guard;
@@ -42,6 +41,8 @@ use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::request::{MAX_PROMPT_TOKENS, RequestLimits};
 use crate::service::{AtlasService, Parts};
+use crate::store::{self, CheckpointConfig, Loading};
+use crate::tenant_keys::{TenantKeys, TenantSecrets};
 use crate::tls::TlsFiles;
 use crate::watched::WatchedFileError;
 
@@ -80,6 +81,8 @@ pub struct IndexServerConfig {
     pub limits: IndexLimits,
     /// Seed of the block keys: the publishers' one.
     pub key_seed: KeySeed,
+    /// TOML file with secrets of tenants that have a seed of their own; `None`: all have `key_seed`.
+    pub tenant_secrets_file: Option<PathBuf>,
     /// Weight of a block per tier, for requests that name none.
     pub weights: TierWeights,
     /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
@@ -95,6 +98,8 @@ pub struct IndexServerConfig {
     pub checkpoint: Option<CheckpointConfig>,
     /// Which part of the key space is this server's; `None`: all of it, in one piece.
     pub cluster: Option<ClusterConfig>,
+    /// What others call this life of the server; no other may have the name, not even its next life. `None`: one is made up.
+    pub name: Option<Asker>,
 }
 
 /// How much callers of the gRPC port may ask for. At a bound the call is refused with its name and counted.
@@ -161,6 +166,7 @@ impl IndexServerConfig {
             subjects: Subjects::default(),
             limits: IndexLimits::default(),
             key_seed: KeySeed::PUBLISHED,
+            tenant_secrets_file: None,
             weights: TierWeights::default(),
             discovery: Duration::ZERO,
             tls: None,
@@ -168,6 +174,7 @@ impl IndexServerConfig {
             serving: ServingLimits::default(),
             checkpoint: None,
             cluster: None,
+            name: None,
         }
     }
 }
@@ -212,7 +219,7 @@ impl IndexServer {
                 .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         };
         let (reflection_v1, reflection_v1alpha) = (reflection().build_v1()?, reflection().build_v1alpha()?);
-        let asker = asker();
+        let asker = config.name.clone().unwrap_or_else(asker);
         let subscribe = async |filter: String| {
             bus.subscribe(filter.clone()).await.map_err(|source| subscribe_error(&bus, filter, source))
         };
@@ -228,20 +235,35 @@ impl IndexServer {
                 index
             }
         });
+        if let Some(path) = config.tenant_secrets_file {
+            let (watched, secrets) = TenantSecrets::open(path)?;
+            index.replace_keys(TenantKeys::with_secrets(config.key_seed, &secrets));
+            let (replaced, seed) = (Arc::clone(&index), config.key_seed);
+            let mut keep = Keep { metrics: &metrics, stop: &stop, tasks: &mut tasks };
+            keep.current("tenant_secrets", watched, move |secrets| {
+                replaced.replace_keys(TenantKeys::with_secrets(seed, &secrets));
+            });
+        }
         if config.cluster.is_none() {
             let events = subscribe(config.subjects.all_events()).await?;
             let whole = TaggedSubscription { shard: ShardId::WHOLE, events };
             let owned = Owned { shards: vec![ShardId::WHOLE], subscriptions: vec![whole] };
             owned_in.try_send(owned).expect("nothing was sent before");
         }
-        if let Some(checkpoint) = &config.checkpoint {
-            // Events that arrive meanwhile wait in the subscription.
-            checkpoint_file::load(&index, &checkpoint.path, clock.now_ms(), &metrics);
-        }
+        let (loaded_in, loaded) = watch::channel(config.checkpoint.is_none());
+        let loading = config.checkpoint.as_ref().map(|checkpoint| Loading {
+            store: Arc::clone(&checkpoint.store),
+            index: Arc::clone(&index),
+            max_bytes: store::max_bytes(config.limits.blocks),
+            metrics: Arc::clone(&metrics),
+            clock,
+            loaded: loaded_in,
+        });
         let (health, health_service) = tonic_health::server::health_reporter();
         let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
         let ready = readiness.ready.subscribe();
-        readiness.set(config.discovery.is_zero() && config.cluster.is_none()).await;
+        let is_complete_once_loaded = config.discovery.is_zero() && config.cluster.is_none();
+        readiness.set(is_complete_once_loaded && loading.is_none()).await;
         let mut cluster_metrics = None;
         let coordinator = match &config.cluster {
             None => None,
@@ -255,6 +277,7 @@ impl IndexServer {
                 let shell = cluster::Shell {
                     ingest: owned_in,
                     discovery: config.discovery,
+                    loaded: loaded.clone(),
                     ready: readiness.clone(),
                     stop: stop.clone(),
                 };
@@ -279,6 +302,13 @@ impl IndexServer {
         // A thread of its own: a large change keeps it busy for a while, and queries shall not wait for that, nor it for
         // them.
         tasks.spawn_blocking(move || {
+            if let Some(loading) = loading {
+                // Events that arrive meanwhile wait in the subscription. Questions are answered, and told that more is to come.
+                runtime.block_on(loading.run(stop_ingest.clone()));
+                if is_complete_once_loaded {
+                    runtime.block_on(on_closed.set(true));
+                }
+            }
             if runtime.block_on(ingest.run(owned, replies, stop_ingest)) {
                 return;
             }
@@ -297,15 +327,17 @@ impl IndexServer {
             stop.clone(),
         ));
         if let Some(checkpoint) = config.checkpoint {
-            tasks.spawn(checkpoint_file::keep(
+            tasks.spawn(store::keep(
                 Arc::clone(&index),
                 checkpoint,
                 Arc::clone(&metrics),
+                clock,
+                loaded.clone(),
                 stop.clone(),
             ));
         }
         if !config.discovery.is_zero() && config.cluster.is_none() {
-            let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery };
+            let discovery = Discovery { index: Arc::clone(&index), clock, wait: config.discovery, loaded };
             tasks.spawn(discovery.run(bus, config.subjects, readiness, stop.clone()));
         }
         tasks.spawn(end_leases(Arc::clone(&index), Arc::clone(&metrics), clock, stop.clone()));
@@ -317,7 +349,10 @@ impl IndexServer {
             let (totals_of, totals_to) = (Arc::clone(&index), Arc::clone(&metrics));
             let state = HttpState {
                 registry: Arc::new(registry),
-                refresh: Arc::new(move || totals_to.set_totals(&totals_of.totals(clock.now_ms()))),
+                refresh: Arc::new(move || {
+                    totals_to.set_checkpoint_age(clock.now_ms());
+                    totals_to.set_totals(&totals_of.totals(clock.now_ms()));
+                }),
                 ready: ready.clone(),
             };
             tasks.spawn(http::serve(listener, state, stop.clone()));
@@ -389,6 +424,7 @@ struct Discovery {
     index: Arc<Index>,
     clock: Clock,
     wait: Duration,
+    loaded: watch::Receiver<bool>,
 }
 
 // === impl Readiness ===
@@ -406,8 +442,16 @@ impl Readiness {
 // === impl Discovery ===
 
 impl Discovery {
-    async fn run(self, bus: Arc<dyn Bus>, subjects: Subjects, readiness: Readiness, stop: CancellationToken) {
+    async fn run(
+        mut self,
+        bus: Arc<dyn Bus>,
+        subjects: Subjects,
+        readiness: Readiness,
+        stop: CancellationToken,
+    ) {
         let found_out = async {
+            // An error means that the server ends.
+            let _ = self.loaded.wait_for(|loaded| *loaded).await;
             // Twice, for the first can be lost.
             for _ in 0..2 {
                 if let Err(error) = bus.publish(subjects.hello(), Bytes::new()).await {

@@ -8,7 +8,10 @@ use bytes::Bytes;
 use common::frames::{Op, Publisher};
 use common::{PATIENCE, Stage, any_port, ask_keys, bus, channel, config};
 use kvatlas_bus::Bus;
-use kvatlas_index::{CheckpointConfig, IndexServer, IndexServerConfig, StartError};
+use kvatlas_index::store::{LoadError, SaveError, WriteCheckpoint};
+use kvatlas_index::{
+    CheckpointConfig, CheckpointSize, CheckpointStore, IndexServer, IndexServerConfig, StartError,
+};
 use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::request::{Request, Want};
@@ -121,17 +124,15 @@ async fn a_restarted_server_takes_its_checkpoint_in_and_counts_it_once_it_is_pro
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("index.checkpoint");
     let interval = std::time::Duration::from_secs(3_600);
-    let config = || IndexServerConfig {
-        checkpoint: Some(CheckpointConfig { path: path.clone(), interval }),
-        ..config()
-    };
+    let config =
+        || IndexServerConfig { checkpoint: Some(CheckpointConfig::file(&path, interval)), ..config() };
     let stage = Stage::with(config()).await;
     let mut a = Publisher::new("m", "a:1");
     stage.publish(&mut a, &[Op::Stored(0, vec![1, 2])]).await;
     assert!(stage.server.shutdown().await, "a checkpoint is written at the end");
 
     let stage = Stage::with(config()).await;
-    assert_eq!(stage.server.index().totals(0).blocks, 2);
+    stage.until("the checkpoint is taken in", || stage.server.index().totals(0).blocks == 2).await;
     assert!(stage.get("/metrics").await.1.contains("kvatlas_index_checkpoint_restored_blocks 2"));
     assert!(stage.score(ask_keys("m", [1])).await.unwrap().instances.is_empty());
     let subject = Subjects::default().events(a.header.scope.token(), ShardId::WHOLE, &a.header.source);
@@ -149,13 +150,76 @@ async fn a_restarted_server_takes_its_checkpoint_in_and_counts_it_once_it_is_pro
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&path, &bytes).unwrap();
     let stage = Stage::with(config()).await;
-    assert_eq!(stage.server.index().totals(0).blocks, 0);
-    let refused = "kvatlas_index_checkpoint_refused_total{reason=\"damaged\"} 1";
-    assert!(stage.get("/metrics").await.1.contains(refused));
     stage.publish(a.epoch(2), &[Op::Stored(0, vec![1])]).await;
+    assert_eq!(stage.server.index().totals(0).blocks, 1);
+    let refused = "kvatlas_index_checkpoint_refused_total{store=\"file\",reason=\"damaged\"} 1";
+    assert!(stage.get("/metrics").await.1.contains(refused));
     stage.server.shutdown().await;
     let stage = Stage::with(config()).await;
-    assert_eq!(stage.server.index().totals(0).blocks, 1);
+    stage.until("the checkpoint is taken in", || stage.server.index().totals(0).blocks == 1).await;
+}
+
+/// A store that does not answer, and notes what it is asked to keep.
+#[derive(Debug, Default)]
+struct SilentStore {
+    /// Loading is answered: there is nothing.
+    is_empty: bool,
+    is_loading: tokio::sync::Notify,
+    saves: std::sync::atomic::AtomicUsize,
+}
+
+#[async_trait::async_trait]
+impl CheckpointStore for SilentStore {
+    fn kind(&self) -> &'static str {
+        "silent"
+    }
+
+    fn place(&self) -> String {
+        "nowhere".to_owned()
+    }
+
+    async fn load(&self, _: u64) -> Result<Option<Vec<u8>>, LoadError> {
+        self.is_loading.notify_one();
+        if self.is_empty {
+            return Ok(None);
+        }
+        std::future::pending().await
+    }
+
+    async fn save(&self, _: WriteCheckpoint) -> Result<CheckpointSize, SaveError> {
+        self.saves.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn while_a_store_does_not_answer_questions_are_answered_as_incomplete_and_nothing_is_saved() {
+    let store = Arc::new(SilentStore::default());
+    let interval = std::time::Duration::from_millis(1);
+    let checkpoint = Some(CheckpointConfig { store: store.clone(), interval });
+    let stage = Stage::with(IndexServerConfig { checkpoint, ..config() }).await;
+    store.is_loading.notified().await;
+    let answer = stage.score(ask_keys("m", [1])).await.unwrap();
+    assert_eq!(answer.coverage, 0.0);
+    assert!(stage.get("/readyz").await.0.contains("503"));
+    assert!(stage.server.shutdown().await, "nobody waits for it");
+    assert_eq!(store.saves.load(std::sync::atomic::Ordering::Relaxed), 0, "an empty index replaces nothing");
+}
+
+#[tokio::test]
+async fn a_save_that_does_not_end_is_the_only_one_and_does_not_hold_the_end_up() {
+    let store = Arc::new(SilentStore { is_empty: true, ..SilentStore::default() });
+    let interval = std::time::Duration::from_millis(1);
+    let checkpoint = Some(CheckpointConfig { store: store.clone(), interval });
+    let stage = Stage::with(IndexServerConfig { checkpoint, ..config() }).await;
+    let saves = || store.saves.load(std::sync::atomic::Ordering::Relaxed);
+    let mut a = Publisher::new("m", "a:1");
+    stage.publish(&mut a, &[Op::Stored(0, vec![1])]).await;
+    stage.until("a save has begun", || saves() == 1).await;
+    stage.publish(&mut a, &[Op::Stored(0, vec![1, 2])]).await;
+    tokio::time::sleep(20 * interval).await;
+    assert!(stage.server.shutdown().await);
+    assert_eq!(saves(), 1);
 }
 
 #[tokio::test]

@@ -19,6 +19,7 @@ fn no_seed_finds_an_index_that_is_wrong() {
     let mut shrinking = None;
     let totals = run_seeds(
         0,
+        None,
         2,
         Sabotage::None,
         |begun| begun < MIN_SEEDS || started.elapsed() < time,
@@ -27,13 +28,15 @@ fn no_seed_finds_an_index_that_is_wrong() {
     if let Some(report) = totals.failed {
         panic!("{report}");
     }
-    assert!(totals.seeds >= MIN_SEEDS && totals.counts.gaps > 0 && totals.counts.checks > 0, "{totals:?}");
+    let counts = &totals.counts;
+    assert!(totals.seeds >= MIN_SEEDS && counts.gaps > 0 && counts.checks > 0, "{totals:?}");
+    assert!(counts.partial_scores > 0 && counts.found_out > 0, "{totals:?}");
 }
 
 #[test]
 fn a_seed_says_exactly_what_happens() {
     for seed in 0..20 {
-        let scenario = generate(seed);
+        let scenario = generate(seed, None);
         let (first, second) = (run(&scenario, Sabotage::None, true), run(&scenario, Sabotage::None, true));
         let differ = first.lines.iter().zip(&second.lines).find(|(a, b)| a != b);
         assert_eq!(differ, None, "seed {seed}");
@@ -42,7 +45,7 @@ fn a_seed_says_exactly_what_happens() {
             run(&scenario.to_string().parse().unwrap(), Sabotage::None, false).log_hash,
             first.log_hash
         );
-        assert_ne!(run(&generate(seed + 1), Sabotage::None, false).log_hash, first.log_hash);
+        assert_ne!(run(&generate(seed + 1, None), Sabotage::None, false).log_hash, first.log_hash);
     }
 }
 
@@ -98,27 +101,45 @@ fn scenarios_that_were_once_wrong_are_exact() {
     }
 }
 
+/// How the key space is cut where a planted fault must be found whatever it is.
+const CUTS: [Option<u32>; 2] = [Some(1), Some(4)];
+
 /// With the checks away: an index that went wrong finds out by itself, and what differs is repaired.
 #[test]
 fn what_went_wrong_unseen_is_found_by_digests_and_repaired() {
-    let totals = run_seeds(0, 2, Sabotage::SkipRemovalsUnseen, |begun| begun < MIN_SEEDS, || true);
-    if let Some(report) = totals.failed {
-        panic!("{report}");
+    for shards in CUTS {
+        let sabotage = Sabotage::SkipRemovalsUnseen;
+        let totals = run_seeds(0, shards, 2, sabotage, |begun| begun < MIN_SEEDS, || true);
+        if let Some(report) = totals.failed {
+            panic!("{report}");
+        }
+        let counts = &totals.counts;
+        assert!(counts.divergences > 0 && counts.repairs["state_transferred"] > 0, "{totals:?}");
     }
-    assert!(totals.counts.divergences > 0 && totals.counts.repairs["state_transferred"] > 0, "{totals:?}");
 }
 
 /// The checks must be able to fail, and what fails must be reproducible from what is printed.
-#[test]
-fn an_index_that_overlooks_removals_is_found_and_the_printed_seed_and_scenario_reproduce_it() {
-    let totals = run_seeds(0, 1, Sabotage::SkipRemovals, |begun| begun < MIN_SEEDS, || true);
-    let report = totals.failed.expect("an index that overlooks removals must be found");
-    let again = run(&generate(report.seed), Sabotage::SkipRemovals, false);
+fn is_found_and_reproduced(sabotage: Sabotage, shards: Option<u32>) {
+    let totals = run_seeds(0, shards, 1, sabotage, |begun| begun < MIN_SEEDS, || true);
+    let report = totals.failed.expect("what is planted must be found");
+    let again = run(&generate(report.seed, shards), sabotage, false);
     assert_eq!(again.failure.as_ref(), Some(&report.failure));
     assert_eq!(again.lines, report.lines);
     assert!(report.minimal.steps.len() < report.scenario.steps.len(), "{report}");
     let minimal: Scenario = report.minimal.to_string().parse().unwrap();
-    let small = run(&minimal, Sabotage::SkipRemovals, false);
+    let small = run(&minimal, sabotage, false);
     assert_eq!(small.failure.map(|failure| failure.rule), Some(report.failure.rule), "{report}");
-    assert!(run(&generate(report.seed), Sabotage::None, false).failure.is_none());
+    assert!(run(&generate(report.seed, shards), Sabotage::None, false).failure.is_none());
+}
+
+#[test]
+fn an_index_that_overlooks_removals_is_found_and_the_printed_seed_and_scenario_reproduce_it() {
+    CUTS.into_iter().for_each(|shards| is_found_and_reproduced(Sabotage::SkipRemovals, shards));
+}
+
+#[test]
+fn an_index_that_mixes_the_sequences_of_two_shards_is_found_where_there_are_two() {
+    is_found_and_reproduced(Sabotage::MixLanes, Some(3));
+    let whole = run_seeds(0, Some(1), 2, Sabotage::MixLanes, |begun| begun < 20, || true);
+    assert!(whole.failed.is_none(), "{whole:?}");
 }

@@ -15,10 +15,13 @@
 //! factor of the product is zero. A partial block at the end of a prompt has no key.
 //!
 //! The seed belongs to the scope: [`KeySeed::PUBLISHED`] by default, a secret where tenants must not be able to
-//! compute each other's keys. XXH3 is not a cryptographic hash: with the published seed, somebody who can choose
-//! token ids can craft colliding blocks; with a secret seed nobody outside can.
+//! compute each other's keys ([`KeySeed::of_tenant`]). XXH3 is not a cryptographic hash: with the published seed, somebody who
+//! can choose token ids can craft colliding blocks. With a secret seed nobody can who does not see keys; it has 64 bits and
+//! XXH3 is no message authentication code, so whoever sees many keys of tokens of their choice may find it. Tenants never
+//! depend on that: they are separate scopes, and keys of two scopes are never compared.
 
 use bytemuck::cast_slice;
+use ring::hmac;
 use smallvec::SmallVec;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
@@ -127,6 +130,18 @@ impl KeySeed {
     /// A seed of the operator's choice. Treat it as a secret.
     pub const fn secret(seed: u64) -> Self {
         Self(seed)
+    }
+
+    /// The seed of a tenant with a secret of its own: the first 8 bytes, little-endian, of
+    /// `HMAC-SHA256(secret, "kvatlas.v1.tenant-seed" ‖ 00 ‖ tenant)`. Whoever learns the seed learns neither the secret nor
+    /// what else is derived from it.
+    pub fn of_tenant(secret: &[u8], tenant: &str) -> Self {
+        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, secret));
+        context.update(b"kvatlas.v1.tenant-seed\0");
+        context.update(tenant.as_bytes());
+        let tag = context.sign();
+        let (first, _) = tag.as_ref().split_first_chunk::<8>().expect("HMAC-SHA256 has 32 bytes");
+        Self(u64::from_le_bytes(*first))
     }
 }
 
@@ -402,6 +417,14 @@ mod tests {
     }
 
     const VECTORS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/vectors/block_keys.json");
+
+    #[test]
+    fn a_tenants_seed_is_derived_as_published() {
+        // printf 'kvatlas.v1.tenant-seed\0a' | openssl dgst -sha256 -mac HMAC -macopt hexkey:000102...0f
+        let secret: Vec<u8> = (0..16).collect();
+        assert!(KeySeed::of_tenant(&secret, "a") == KeySeed::secret(0xcf8c_c23e_29f8_5604));
+        assert!(KeySeed::of_tenant(&secret, "b") != KeySeed::of_tenant(&secret, "a"));
+    }
 
     #[test]
     fn published_vectors_hold() {

@@ -39,9 +39,20 @@ pub struct Permissions {
     pub subscribe: Vec<String>,
 }
 
+/// What is asked of the broker about the bucket of slots; it has no other use for a server.
+const SLOT_REQUESTS: [&str; 5] =
+    ["STREAM.INFO", "STREAM.CREATE", "STREAM.UPDATE", "STREAM.PURGE", "STREAM.MSG.GET"];
+
 // === impl Subjects ===
 
 impl Subjects {
+    /// What servers publish that take their shards by lease.
+    fn slots(&self) -> impl Iterator<Item = String> + use<> {
+        let bucket = self.slot_bucket();
+        let requests = SLOT_REQUESTS.map(|request| format!("$JS.API.{request}.KV_{bucket}"));
+        [format!("$KV.{bucket}.>")].into_iter().chain(requests)
+    }
+
     /// What `role` needs, and nothing more.
     pub fn permissions(&self, role: &BusRole) -> Permissions {
         let inbox = || OWN_INBOX.to_owned();
@@ -56,6 +67,7 @@ impl Subjects {
                     publish: [self.all_controls(), self.hello()]
                         .into_iter()
                         .chain(between())
+                        .chain(self.slots())
                         .chain([inbox()])
                         .collect(),
                     // A server's name is new in each life, so this names the answers to all servers.

@@ -193,6 +193,12 @@ impl Subjects {
         format!("{}.{VERSION}.srv", self.prefix)
     }
 
+    /// Name of the key-value bucket in which servers agree who owns which set. Dots, which a bucket's name cannot have, are
+    /// written so that two prefixes never have one bucket.
+    pub fn slot_bucket(&self) -> String {
+        format!("{}-shards", self.prefix.replace('_', "__").replace('.', "_-"))
+    }
+
     /// The inverse of the above, as far as what is received on a pattern is concerned.
     pub fn parse(&self, subject: &str) -> Result<Subject, UnknownSubjectError> {
         self.parse_inner(subject).ok_or_else(|| UnknownSubjectError(subject.to_owned()))
@@ -358,6 +364,16 @@ mod tests {
             assert!(Subjects::new(bad).is_err(), "{bad}");
         }
         assert!(Subjects::new("prod.kv-1").is_ok());
+    }
+
+    #[test]
+    fn every_deployment_has_a_bucket_of_its_own() {
+        let bucket = |prefix: &str| Subjects::new(prefix).unwrap().slot_bucket();
+        assert_eq!(Subjects::default().slot_bucket(), "kvatlas-shards");
+        let prefixes = ["a.b", "a_b", "a-b", "a_-b", "a__b", "a._b", "a_.b"];
+        let buckets: std::collections::BTreeSet<String> = prefixes.map(bucket).into();
+        assert_eq!(buckets.len(), prefixes.len(), "{buckets:?}");
+        assert!(buckets.iter().all(|name| !name.contains('.')));
     }
 
     proptest! {

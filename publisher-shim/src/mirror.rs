@@ -40,7 +40,7 @@ pub use lanes::LaneOps;
 
 use classify::{canonical_medium, classify_group, classify_medium, extra_key, unlisted_lora};
 use lanes::{KeyEntry, Lane};
-use link::{Before, HashEntry, Link};
+use link::{HashEntry, Link};
 use place::{Counts, Place, Removals};
 
 use crate::event::{Batch, EngineHash, Event, ExtraValue, Removed, Stored};
@@ -277,8 +277,8 @@ impl Mirror {
         let positional = self.is_positional(batch, event, place);
         let mut parent_hash = event.parent;
         let mut before = match event.parent {
-            None => Some(Before::Root),
-            Some(hash) => self.link_of(hash).map(Before::Block),
+            None => Some(Link::root(&self.hasher)),
+            Some(hash) => self.link_of(hash),
         };
         let lora = unlisted_lora(batch, event);
         let mut extras = batch.extras(event.extras.as_ref().unwrap_or(&(0..0))).iter().peekable();
@@ -307,7 +307,7 @@ impl Mirror {
             self.add_copy(hash, link, place, ops);
             self.postpone(hash, place, ops);
             parent_hash = Some(hash);
-            before = link.map(Before::Block);
+            before = link;
         }
     }
 
@@ -343,11 +343,11 @@ impl Mirror {
         &mut self,
         hash: EngineHash,
         parent_hash: Option<EngineHash>,
-        before: Option<Before>,
+        before: Option<Link>,
         local: LocalHash,
     ) -> Option<Link> {
         if let Some(before) = before {
-            return Some(Link::new(&self.hasher, self.partition, before, local));
+            return Some(before.next(&self.hasher, self.partition, local));
         }
         let parent = parent_hash.expect("a block without parent hash follows the root");
         if self.waiting.len() < self.limits.unresolved && !self.waiting.contains_key(&hash) {
@@ -419,7 +419,7 @@ impl Mirror {
         while let Some((parent_hash, parent)) = ready.pop() {
             for child in self.waiters.remove(&parent_hash).into_iter().flatten() {
                 let Some(waiting) = self.waiting.remove(&child) else { continue };
-                let link = Link::new(&self.hasher, self.partition, Before::Block(parent), waiting.local);
+                let link = parent.next(&self.hasher, self.partition, waiting.local);
                 if let Some(entry) = self.hashes.get_mut(&child) {
                     entry.set_link(link);
                     let held = entry.copies.places();
@@ -519,24 +519,16 @@ impl Mirror {
 
     /// One more hash of this key is held in `place`.
     fn acquire(&mut self, link: Link, place: u8, ops: &mut LaneOps) {
-        if self.hold(link, place) {
-            ops.stored(link.at.shard, place, link.parent, link.key);
-        }
-    }
-
-    /// The same without a word. Says whether it is the first.
-    fn hold(&mut self, link: Link, place: u8) -> bool {
         let lane = &mut self.lanes[usize::from(link.at.shard)];
         let entry = lane
             .keys
             .entry(link.key)
             .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
-        let first = entry.holders.add(place);
-        if first {
+        if entry.holders.add(place) {
             lane.digests[usize::from(place)].add(link.key);
             self.visible += 1;
+            ops.stored(link.at.shard, place, link.parent, link.key);
         }
-        first
     }
 
     fn release(&mut self, link: Link, place: u8, ops: &mut LaneOps) {

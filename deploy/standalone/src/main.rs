@@ -3,9 +3,12 @@
 #![allow(unreachable_pub, reason = "in a binary, pub between modules is the plain word")]
 
 mod bench;
+mod cluster;
 mod demo;
 mod engine;
 mod failure;
+mod lease;
+mod nats_permissions;
 mod output;
 mod query;
 mod record;
@@ -41,6 +44,10 @@ enum Command {
     Shim(Box<Settings>),
     /// Ask a running server.
     Query(query::QueryArgs),
+    /// Print what a NATS server must allow a shim, an index server or an observer, for its configuration.
+    NatsPermissions(nats_permissions::PermissionsArgs),
+    /// See or change which servers own which shards of the key space.
+    Cluster(cluster::ClusterArgs),
     /// Show kvatlas at work on simulated engines: no GPU, no broker, no cluster.
     Demo(demo::DemoArgs),
     /// Record what live engines publish into a file that `kvatlas replay` plays, for example for a bug report.
@@ -78,6 +85,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Serve(settings) => serve::serve(settings.load()?).await,
         Command::Shim(settings) => serve::shim(settings.load()?).await,
         Command::Query(args) => query::run(args).await,
+        Command::NatsPermissions(args) => nats_permissions::run(&args),
+        Command::Cluster(args) => cluster::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use kvatlas_index::{
     ClusterConfig, DISCOVERY, HttpServer, IndexServer, IndexServerConfig, RunningIndexServer,
 };
 use kvatlas_proto::Tier;
+use kvatlas_proto::subject::Asker;
 use kvatlas_shim::metrics::ShimCollector;
 use kvatlas_shim::shim::Shim;
 use prometheus_client::registry::Registry;
@@ -19,25 +21,40 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::failure::Failure;
-use crate::settings::{DEFAULT_GRPC, DEFAULT_HTTP, Settings};
+use crate::lease::ShardLease;
+use crate::settings::{DEFAULT_GRPC, DEFAULT_HTTP, Ownership, Settings};
 
 /// Time in which everything stops after a signal; what is left then is cut off.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(4_500);
+/// Longest part of the host's name in a server's name, bytes.
+const MAX_HOST_BYTES: usize = 40;
+
+/// The bus, and the broker where there is one.
+struct Connection {
+    bus: Arc<dyn Bus>,
+    broker: Option<Arc<NatsBus>>,
+}
 
 /// Runs the index server, with the shims of the configured engines.
 pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
-    let stop = stop_signal()?;
+    let mut stop = pin!(stop_signal()?);
     if settings.engines.is_empty() && settings.nats.url.is_empty() {
         return Err(Failure::usage(
             "there is nothing to index: follow an engine with --engine model=...,instance=...,zmq=tcp://HOST:5557, or \
              listen to shims elsewhere with --nats URL",
         ));
     }
-    let bus = bus(&settings, "index").await?;
+    settings.cluster.ownership(!settings.nats.url.is_empty())?;
+    let connection = connect(&settings, "index").await?;
+    let bus = Arc::clone(&connection.bus);
     let shims = ShimCollector::default();
     let mut registry = Registry::default();
     registry.register_collector(Box::new(shims.clone()));
-    let server = start_server(&settings, &bus, registry).await?;
+    let (server, lease) = tokio::select! {
+        started = start_server(&settings, &connection, registry) => started?,
+        // A part of the shards may be waited for.
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
     let running = start_shims(&settings, &bus, &shims)?;
     tracing::info!(
         grpc = %server.grpc_addr(),
@@ -49,6 +66,10 @@ pub async fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     stop.await;
     tracing::info!("stopping");
     let stopping = async {
+        // First, so that another server takes this one's part in while this one still answers.
+        if let Some(lease) = lease {
+            lease.shutdown().await;
+        }
         stop_shims(running).await;
         server.shutdown().await;
     };
@@ -71,7 +92,7 @@ pub async fn shim(settings: Settings) -> Result<ExitCode, Failure> {
             "a shim alone needs a broker: add --nats URL, or use `kvatlas serve` to have everything in one process",
         ));
     }
-    let bus = bus(&settings, "shim").await?;
+    let Connection { bus, .. } = connect(&settings, "shim").await?;
     let shims = ShimCollector::default();
     let mut registry = Registry::default();
     registry.register_collector(Box::new(shims.clone()));
@@ -94,23 +115,27 @@ pub async fn shim(settings: Settings) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn bus(settings: &Settings, role: &str) -> Result<Arc<dyn Bus>, Failure> {
+async fn connect(settings: &Settings, role: &str) -> Result<Connection, Failure> {
     Ok(match settings.nats.config(role)? {
-        None => Arc::new(InProcessBus::new(InProcessConfig::default())),
-        Some(config) => Arc::new(NatsBus::connect(config).await.map_err(Failure::run)?),
+        None => Connection { bus: Arc::new(InProcessBus::new(InProcessConfig::default())), broker: None },
+        Some(config) => {
+            let broker = Arc::new(NatsBus::connect(config).await.map_err(Failure::run)?);
+            Connection { bus: Arc::<NatsBus>::clone(&broker), broker: Some(broker) }
+        }
     })
 }
 
 async fn start_server(
     settings: &Settings,
-    bus: &Arc<dyn Bus>,
-    registry: Registry,
-) -> Result<RunningIndexServer, Failure> {
+    connection: &Connection,
+    mut registry: Registry,
+) -> Result<(RunningIndexServer, Option<ShardLease>), Failure> {
     let grpc = settings.server.grpc_listen.unwrap_or_else(|| DEFAULT_GRPC.parse().expect("a valid default"));
     let mut config = IndexServerConfig::new(grpc);
     config.http_listen = Some(http_address(settings));
     config.subjects = settings.nats.subjects()?;
     config.key_seed = settings.keys.seed()?;
+    config.tenant_secrets_file = settings.keys.tenant_secrets_file.clone();
     for weight in &settings.server.weights {
         let tier = Tier::ALL.into_iter().find(|tier| tier.name() == weight.tier);
         let tier = tier.expect("the setting was checked when it was read");
@@ -123,16 +148,37 @@ async fn start_server(
     config.tls = settings.tls.files()?;
     config.auth_file = settings.auth.file.clone();
     config.serving = settings.limits.serving()?;
-    config.checkpoint = settings.server.checkpoint()?;
+    config.checkpoint = settings.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
     }
-    if let Some(set) = settings.cluster.shard_set()? {
-        let partition = settings.cluster.partition()?;
+    let partition = settings.cluster.partition()?;
+    let mut lease = None;
+    let wanted = match settings.cluster.ownership(connection.broker.is_some())? {
+        Ownership::Whole => None,
         // The sender may go: what does not change needs none.
-        config.cluster = Some(ClusterConfig { partition, wanted: watch::channel(set).1 });
-    }
-    IndexServer::start(config, Arc::clone(bus), registry).await.map_err(Failure::run)
+        Ownership::Fixed(set) => Some(watch::channel(set).1),
+        Ownership::Leased { initial_servers } => {
+            let broker = connection.broker.as_deref().expect("leases were refused without a broker");
+            let name = name_of_this_life();
+            let (subjects, server) = (&config.subjects, name.to_string());
+            let taken =
+                ShardLease::take(broker, subjects, server, partition, initial_servers, &mut registry).await?;
+            config.name = Some(name);
+            Some(lease.insert(taken).wanted())
+        }
+    };
+    config.cluster = wanted.map(|wanted| ClusterConfig { partition, wanted });
+    let server = IndexServer::start(config, Arc::clone(&connection.bus), registry).await;
+    Ok((server.map_err(Failure::run)?, lease))
+}
+
+/// The host's name, for people, and a number that no other life of any server has.
+fn name_of_this_life() -> Asker {
+    let host = std::env::var("HOSTNAME").or_else(|_| std::fs::read_to_string("/etc/hostname"));
+    let word = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
+    let host: String = host.unwrap_or_default().trim().chars().map(word).take(MAX_HOST_BYTES).collect();
+    Asker::new(format!("{host}-{:016x}", rand::random::<u64>())).expect("letters, digits and dashes")
 }
 
 fn http_address(settings: &Settings) -> SocketAddr {
@@ -144,11 +190,11 @@ fn start_shims(
     bus: &Arc<dyn Bus>,
     collector: &ShimCollector,
 ) -> Result<Vec<Shim>, Failure> {
-    let (hasher, subjects) = (settings.keys.hasher()?, settings.nats.subjects()?);
+    let (keys, subjects) = (settings.keys.tenants()?, settings.nats.subjects()?);
     let partition = settings.cluster.partition()?;
     let mut shims = Vec::new();
     for engine in &settings.engines {
-        let config = engine.shim_config(hasher, partition, &subjects)?;
+        let config = engine.shim_config(*keys.of(&engine.tenant), partition, &subjects)?;
         let shim = Shim::start_with_state(&config, bus, settings.shim.state_dir.as_deref())
             .map_err(|error| Failure::usage(error.to_string()))?;
         collector.watch(&shim);

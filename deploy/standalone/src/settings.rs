@@ -3,21 +3,22 @@
 //! Each struct is at once a group of flags and a table of the file, so a setting has one name and one sentence of
 //! documentation. A setting that is wrong is refused at start with a message that says what to change.
 
+mod store;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use kvatlas_bus::{ClientIdentity, NatsAuth, NatsConfig, NatsTls};
-use kvatlas_index::{CHECKPOINT_INTERVAL, CheckpointConfig};
+use kvatlas_index::TenantKeys;
+use kvatlas_proto::KeySeed;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{KeyHasher, KeySeed};
 use serde::Deserialize;
 
 mod cluster;
 
-pub use cluster::ClusterSettings;
+pub use cluster::{ClusterSettings, Ownership};
 
 use crate::engine::EngineSpec;
 use crate::failure::Failure;
@@ -25,6 +26,7 @@ use crate::failure::Failure;
 mod access;
 
 pub use access::{AuthSettings, LimitSettings, TlsSettings};
+pub use store::StoreSettings;
 
 /// Where the gRPC service listens if nothing else is said: loopback, where nobody else's network is.
 pub const DEFAULT_GRPC: &str = "127.0.0.1:7460";
@@ -61,6 +63,9 @@ pub struct Settings {
     pub auth: AuthSettings,
     #[command(flatten)]
     pub limits: LimitSettings,
+    #[command(flatten)]
+    #[serde(rename = "checkpoint-store")]
+    pub store: StoreSettings,
 }
 
 /// `[keys]`: how block keys are computed.
@@ -71,6 +76,10 @@ pub struct KeySettings {
     /// published seed.
     #[arg(long, env = "KVATLAS_KEY_SEED_FILE", value_name = "FILE")]
     pub key_seed_file: Option<PathBuf>,
+    /// TOML file with secrets of tenants that get key spaces of their own: [tenants], name = "32 or more hex digits". A server
+    /// reads it again when it changes; a shim needs its own tenant's and a restart. Default: all have the seed.
+    #[arg(long, env = "KVATLAS_TENANT_SECRETS_FILE", value_name = "FILE")]
+    pub tenant_secrets_file: Option<PathBuf>,
 }
 
 /// `[nats]`: the broker. Without a URL the bus is in-process.
@@ -79,7 +88,7 @@ pub struct KeySettings {
 pub struct NatsSettings {
     /// Broker, for example nats://127.0.0.1:4222; may be given several times for a cluster. Default: no broker, one process.
     #[arg(long = "nats", env = "KVATLAS_NATS", value_delimiter = ',', value_name = "URL")]
-    pub url: Vec<String>,
+    pub url: Vec<BrokerUrl>,
     /// Name of this deployment in NATS subjects. Default: kvatlas.
     #[arg(long, env = "KVATLAS_SUBJECT_PREFIX", value_name = "PREFIX")]
     pub subject_prefix: Option<String>,
@@ -105,6 +114,11 @@ pub struct NatsSettings {
     #[arg(long = "nats-key-file", env = "KVATLAS_NATS_KEY_FILE", value_name = "FILE")]
     pub key_file: Option<PathBuf>,
 }
+
+/// URL of a broker. It can hold credentials, so it is not shown.
+#[derive(Clone, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct BrokerUrl(String);
 
 /// `[shim]`: what is common to all followed engines.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
@@ -134,9 +148,14 @@ pub struct ServerSettings {
     /// Most blocks held, counted once per owner. Default: 67108864 (about 4 GB).
     #[arg(long, env = "KVATLAS_MAX_BLOCKS", value_name = "BLOCKS")]
     pub max_blocks: Option<usize>,
-    /// File in which the index writes down what it holds, so that a restart costs what has changed since. Default: none.
+    /// File in which the index writes down what it holds, so that a restart costs what has changed since; short for
+    /// --checkpoint-store file:FILE. Default: none.
     #[arg(long, env = "KVATLAS_CHECKPOINT_FILE", value_name = "FILE")]
     pub checkpoint_file: Option<PathBuf>,
+    /// The same somewhere else: nats://BUCKET/NAME (an object store in the broker), redis://HOST:PORT or rediss:// (TLS), or
+    /// redis-cluster://HOST:PORT,... or redis-cluster+tls://. Redis and Valkey take ?prefix=kvatlas&name=index&ttl-s=86400.
+    #[arg(long, env = "KVATLAS_CHECKPOINT_STORE", value_name = "URL")]
+    pub checkpoint_store: Option<String>,
     /// Seconds between two checkpoints. Default: 30.
     #[arg(long, env = "KVATLAS_CHECKPOINT_INTERVAL_S", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub checkpoint_interval_s: Option<u64>,
@@ -193,7 +212,10 @@ impl Settings {
         Self {
             config: self.config,
             engines: or_list(self.engines, file.engines),
-            keys: KeySettings { key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file) },
+            keys: KeySettings {
+                key_seed_file: self.keys.key_seed_file.or(file.keys.key_seed_file),
+                tenant_secrets_file: self.keys.tenant_secrets_file.or(file.keys.tenant_secrets_file),
+            },
             nats: self.nats.or(file.nats),
             cluster: self.cluster.or(file.cluster),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
@@ -201,6 +223,7 @@ impl Settings {
             tls: self.tls.or(file.tls),
             auth: self.auth.or(file.auth),
             limits: self.limits.or(file.limits),
+            store: self.store.or(file.store),
         }
     }
 }
@@ -223,9 +246,13 @@ impl KeySettings {
         }
     }
 
-    /// Computes keys with that seed.
-    pub fn hasher(&self) -> Result<KeyHasher, Failure> {
-        Ok(KeyHasher::new(self.seed()?))
+    /// How each tenant's keys are computed.
+    pub fn tenants(&self) -> Result<TenantKeys, Failure> {
+        let seed = self.seed()?;
+        match &self.tenant_secrets_file {
+            None => Ok(TenantKeys::new(seed)),
+            Some(path) => TenantKeys::read(path, seed).map_err(|error| Failure::usage(error.to_string())),
+        }
     }
 }
 
@@ -267,7 +294,8 @@ impl NatsSettings {
             };
         }
         let client_name = format!("kvatlas-{role}");
-        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(self.url.clone()) }))
+        let urls = self.url.iter().map(|url| url.0.clone());
+        Ok(Some(NatsConfig { client_name, auth, tls, ..NatsConfig::new(urls) }))
     }
 
     fn auth(&self) -> Result<NatsAuth, Failure> {
@@ -298,21 +326,23 @@ impl NatsSettings {
     }
 }
 
+// === impl BrokerUrl ===
+
+impl From<&str> for BrokerUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl std::fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("BrokerUrl")
+    }
+}
+
 // === impl ServerSettings ===
 
 impl ServerSettings {
-    /// Where and how often checkpoints are written, if at all.
-    pub fn checkpoint(&self) -> Result<Option<CheckpointConfig>, Failure> {
-        let interval = self.checkpoint_interval_s.map_or(CHECKPOINT_INTERVAL, Duration::from_secs);
-        match &self.checkpoint_file {
-            Some(path) => Ok(Some(CheckpointConfig { path: path.clone(), interval })),
-            None if self.checkpoint_interval_s.is_some() => {
-                Err(Failure::usage("a checkpoint interval is given but no file: add --checkpoint-file FILE"))
-            }
-            None => Ok(None),
-        }
-    }
-
     fn or(self, file: Self) -> Self {
         Self {
             grpc_listen: self.grpc_listen.or(file.grpc_listen),
@@ -320,6 +350,7 @@ impl ServerSettings {
             weights: or_list(self.weights, file.weights),
             max_blocks: self.max_blocks.or(file.max_blocks),
             checkpoint_file: self.checkpoint_file.or(file.checkpoint_file),
+            checkpoint_store: self.checkpoint_store.or(file.checkpoint_store),
             checkpoint_interval_s: self.checkpoint_interval_s.or(file.checkpoint_interval_s),
         }
     }
@@ -360,6 +391,11 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(|error| Failure::unreadable(path, &error))
 }
 
+/// Whether a file can be opened; the failure names it.
+fn check_readable(path: &Path) -> Result<(), Failure> {
+    fs::File::open(path).map(drop).map_err(|error| Failure::unreadable(path, &error))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,6 +426,14 @@ mod tests {
         assert_eq!(settings.server.grpc_listen.unwrap().port(), 7460);
         assert_eq!(settings.engines.len(), 1);
         assert_eq!(settings.shim.state_dir.as_deref(), Some(Path::new("/var/lib/kvatlas")));
+    }
+
+    #[test]
+    fn settings_show_no_secret() {
+        let settings = parse("[nats]\nurl = [\"nats://me:hunter2@h\"]").unwrap();
+        let config = settings.nats.config("shim").unwrap().unwrap();
+        let shown = format!("{settings:?} {config:?}");
+        assert!(!shown.contains("hunter2"), "{shown}");
     }
 
     #[test]

@@ -25,7 +25,8 @@ pub struct SimArgs {
 #[derive(Subcommand)]
 enum What {
     /// Engines, shims and indexes that lose messages, are killed and get torn files: at no moment may an index claim
-    /// what is not so, and once faults stop, all of them must be exact. Exit code 1 if a seed shows otherwise.
+    /// what is not so, and once faults stop, all of them must be exact. Where the key space is cut, indexes own parts of it,
+    /// which change. Exit code 1 if a seed shows otherwise.
     Faults(FaultsArgs),
 }
 
@@ -40,6 +41,9 @@ struct FaultsArgs {
     /// Run only this seed and print its scenario.
     #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "first_seed", "seconds"])]
     seed: Option<u64>,
+    /// Cut the key space into this many shards; without it, the seeds say: half of them do not cut it.
+    #[arg(long, value_name = "COUNT", value_parser = value_parser!(u32).range(1..=16))]
+    shards: Option<u32>,
     /// With --seed: print everything that happens.
     #[arg(long, requires = "seed")]
     trace: bool,
@@ -69,6 +73,8 @@ struct FaultsReport<'a> {
     files_refused: u64,
     checks: u64,
     score_checks: u64,
+    partial_scores: u64,
+    found_out: u64,
     /// From the end of all faults, where no lease and no timeout had to be waited for.
     max_virtual_seconds_to_exact: f64,
     slowest_seed: u64,
@@ -114,6 +120,7 @@ fn many(args: &FaultsArgs) -> Totals {
     let mut shrinking = None;
     run_seeds(
         args.first_seed,
+        args.shards,
         threads,
         Sabotage::None,
         |begun| begun < most && time.is_none_or(|time| started.elapsed() < time),
@@ -122,7 +129,7 @@ fn many(args: &FaultsArgs) -> Totals {
 }
 
 fn one(seed: u64, args: &FaultsArgs) -> Totals {
-    let scenario = generate(seed);
+    let scenario = generate(seed, args.shards);
     // What is printed as JSON stays one object.
     let say = if args.json { output::note } else { output::line };
     say(scenario.to_string().trim_end());
@@ -132,6 +139,7 @@ fn one(seed: u64, args: &FaultsArgs) -> Totals {
     let mut shrinking = None;
     run_seeds(
         seed,
+        args.shards,
         1,
         Sabotage::None,
         |begun| begun == 0,
@@ -160,6 +168,8 @@ impl<'a> FaultsReport<'a> {
             files_refused: counts.files_refused,
             checks: counts.checks,
             score_checks: counts.score_checks,
+            partial_scores: counts.partial_scores,
+            found_out: counts.found_out,
             max_virtual_seconds_to_exact: totals.slowest.exact_ms as f64 / 1e3,
             slowest_seed: totals.slowest.seed,
             max_virtual_seconds_to_exact_with_lease: totals.slowest_with_lease.exact_ms as f64 / 1e3,

@@ -42,6 +42,7 @@ pub(crate) use coordinator::{Coordinator, Covered};
 pub use inquiry::{Coverage, Inquiry};
 pub(crate) use metrics::ClusterMetrics;
 use presence::Presence;
+pub use presence::{ANNOUNCE_MS, Announcement, PRESENCE_MS, ParseAnnouncementError};
 pub use question::{EncodeQuestionError, ParseQuestionError, ShardQuestion};
 use responder::Responder;
 use steward::{Serving, Steward};
@@ -67,6 +68,8 @@ pub(crate) struct Shared {
 pub(crate) struct Shell {
     pub(crate) ingest: mpsc::Sender<Owned>,
     pub(crate) discovery: Duration,
+    /// True once the checkpoint, if there is one, was taken in.
+    pub(crate) loaded: watch::Receiver<bool>,
     pub(crate) ready: Readiness,
     pub(crate) stop: CancellationToken,
 }
@@ -118,6 +121,7 @@ pub(crate) async fn start(
         server,
         wanted: config.wanted.clone(),
         discovery: shell.discovery,
+        loaded: shell.loaded,
         ingest: shell.ingest,
         ready: shell.ready,
         held: Vec::new(),

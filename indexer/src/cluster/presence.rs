@@ -11,9 +11,9 @@ use kvatlas_proto::sealed::{OpenError, Seal};
 use kvatlas_proto::{Partition, ShardSet};
 
 /// Time between two announcements, milliseconds.
-pub(crate) const ANNOUNCE_MS: u64 = 500;
+pub const ANNOUNCE_MS: u64 = 500;
 /// How long an announcement counts, milliseconds: three may be lost.
-pub(crate) const PRESENCE_MS: u64 = 2_000;
+pub const PRESENCE_MS: u64 = 2_000;
 /// Most servers that are remembered; a deployment has tens.
 pub(crate) const MAX_SERVERS_KNOWN: usize = 4_096;
 /// Most sets of one server: its own, and those it is about to have or to give up.
@@ -22,21 +22,23 @@ const SEAL: Seal = Seal { what: "an announcement of a server", magic: *b"KVAP", 
 
 /// What a server says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Announcement {
+pub struct Announcement {
     /// Its name, for this life.
-    pub(crate) server: String,
+    pub server: String,
     /// Shards of the deployment, as it was told.
-    pub(crate) shards: u16,
+    pub shards: u16,
     /// What it can answer for.
-    pub(crate) sets: Vec<ShardSet>,
+    pub sets: Vec<ShardSet>,
 }
 
 /// A received announcement is not usable.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ParseAnnouncementError {
+pub enum ParseAnnouncementError {
+    /// It is damaged, or of another version.
     #[error(transparent)]
     Sealed(#[from] OpenError),
-    #[error("announcement is not of this layout")]
+    /// It is whole, and says something else.
+    #[error("announcement is not of this layout: run servers of one version")]
     Layout,
 }
 
@@ -71,7 +73,8 @@ pub(crate) struct Cover {
 // === impl Announcement ===
 
 impl Announcement {
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// What is published.
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = SEAL.start(64);
         out.extend(self.shards.to_le_bytes());
         out.push(self.sets.len().min(MAX_SETS) as u8);
@@ -84,7 +87,8 @@ impl Announcement {
         out
     }
 
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ParseAnnouncementError> {
+    /// The inverse of [`Self::encode`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, ParseAnnouncementError> {
         let layout = || ParseAnnouncementError::Layout;
         let body = SEAL.open(bytes)?;
         let (shards, rest) = body.split_first_chunk::<2>().ok_or_else(layout)?;

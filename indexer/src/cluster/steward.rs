@@ -56,6 +56,8 @@ pub(crate) struct Steward {
     pub(crate) wanted: watch::Receiver<ShardSet>,
     /// How long publishers have to show themselves.
     pub(crate) discovery: Duration,
+    /// True once the checkpoint, if there is one, was taken in; events wait until then.
+    pub(crate) loaded: watch::Receiver<bool>,
     pub(crate) ingest: mpsc::Sender<Owned>,
     /// Is told when the first wanted set is answered for.
     pub(crate) ready: Readiness,
@@ -155,6 +157,10 @@ impl Steward {
         let wanted = *self.wanted.borrow_and_update();
         if !self.held.iter().any(|held| held.set == wanted) {
             self.take_in(wanted).await;
+        }
+        if !*self.loaded.borrow() {
+            self.held.iter_mut().for_each(|held| held.since = Instant::now());
+            return false;
         }
         let mut changed = false;
         for at in 0..self.held.len() {

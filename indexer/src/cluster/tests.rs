@@ -320,3 +320,45 @@ fn shards_that_are_given_up_take_their_blocks_along() {
     assert_eq!(server.apply(&FrameView::parse(&bytes).unwrap(), &bytes, 0).is_ok(), ours);
     assert_eq!(server.totals(0).blocks, kept);
 }
+
+#[test]
+fn a_source_of_a_checkpoint_is_found_out_once_it_is_proved_in_every_shard() {
+    let partition = Partition::new(2).unwrap();
+    let mut source = Source::new(0, 1, partition);
+    let server = || {
+        let index = Index::cut(IndexLimits::default(), KeySeed::PUBLISHED, partition);
+        index.own(&ShardSet::ALL.shards(partition));
+        index
+    };
+    let before = server();
+    for (lane, key) in source.lanes.iter_mut().zip(1..) {
+        let root = lane.root;
+        send(&before, &lane.frame(&[Op::StoredAfter(0, root, vec![key])]));
+    }
+    let (checkpoint, _) = before.write_checkpoint(std::io::Cursor::new(Vec::new())).unwrap();
+    let after = server();
+    after.restore(checkpoint.get_ref(), 0).unwrap();
+    assert!(!after.is_finding_out(0), "whether it still lives is not known");
+    send(&after, &source.lanes[0].heartbeat());
+    assert!(after.is_finding_out(0));
+    send(&after, &source.lanes[1].heartbeat());
+    assert!(!after.is_finding_out(0));
+}
+
+#[test]
+fn a_shard_that_is_given_up_and_taken_back_leaves_no_turns_behind() {
+    let partition = Partition::new(2).unwrap();
+    let index = Index::cut(IndexLimits::default(), KeySeed::PUBLISHED, partition);
+    let mut source = Source::new(0, 1, partition);
+    let (root, all) = (source.lanes[0].root, ShardSet::ALL.shards(partition));
+    source.lanes[0].frame(&[Op::StoredAfter(0, root, vec![1])]);
+    for _ in 0..3 {
+        index.own(&all);
+        // What is held is not known, so it has to be asked.
+        send(&index, &source.lanes[0].heartbeat());
+        assert!(index.is_troubled());
+        index.own(&[]);
+        assert!(!index.is_troubled());
+    }
+    index.check().unwrap();
+}

@@ -32,12 +32,12 @@ impl Index {
     /// Who holds how much of a prompt, in an index of the whole key space.
     pub fn score(&self, query: &ScoreQuery<'_>) -> Result<ScoreAnswer, BlockSizeMismatch> {
         let subject = self.subject(query)?;
-        let mut rows = Vec::new();
+        let (mut rows, keys) = (Vec::new(), Arc::clone(&self.keys.read()));
         for (scope, parts) in subject.looked_up() {
             let size = scope.block_size();
             for part in parts {
                 let variants: Vec<_> = part.state.read().variants().collect();
-                let chains = query.input.chains(&self.hasher, size, &variants);
+                let chains = query.input.chains(keys.of(query.tenant), size, &variants);
                 part.state.read().score(query, &subject.instances, size, &chains, &mut rows);
             }
         }
@@ -47,7 +47,7 @@ impl Index {
     /// What has to be asked about a query, of whoever owns the shards that it falls into.
     pub fn inquire<'q>(&self, query: &'q ScoreQuery<'_>) -> Result<Inquiry<'q>, BlockSizeMismatch> {
         let subject = self.subject(query)?;
-        Ok(Inquiry::new(query, subject, self.partition(), self.hasher()))
+        Ok(Inquiry::new(query, subject, self.partition(), self.keys.read().of(query.tenant)))
     }
 
     /// The answer to a query from what was found in the shards. `now_ms` is when.

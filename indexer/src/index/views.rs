@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use kvatlas_proto::{CacheGroup, Digest, Epoch, FrameSeq, GroupKind, OwnerRef, Scope, ShardId, SourceId};
 
+use super::PartId;
 use crate::matching::TierName;
 use crate::scope_index::{OwnerNo, ScopeIndex};
 use crate::sources::{Expiry, SourceState};
@@ -83,6 +84,8 @@ pub struct OwnerFilter {
     pub instance: Option<String>,
     /// Tokens per block.
     pub block_size: Option<u32>,
+    /// Only what is known in this shard: then everything that is said of a source is of its sequence there.
+    pub shard: Option<ShardId>,
 }
 
 /// One source as it is now.
@@ -157,8 +160,12 @@ pub struct IndexTotals {
 // === impl OwnerFilter ===
 
 impl OwnerFilter {
-    pub(super) fn admits_scope(&self, scope: &Scope) -> bool {
-        self.model.as_ref().is_none_or(|(model, tenant)| scope.model() == model && scope.tenant() == tenant)
+    pub(super) fn admits_part(&self, (scope, shard): &PartId) -> bool {
+        self.shard.is_none_or(|only| only == *shard)
+            && self
+                .model
+                .as_ref()
+                .is_none_or(|(model, tenant)| scope.model() == model && scope.tenant() == tenant)
             && self.block_size.is_none_or(|size| scope.block_size() == size)
     }
 

@@ -1,7 +1,7 @@
 //! What a checkpoint says of a scope, and how it is taken in.
 
+use kvatlas_proto::SourceId;
 use kvatlas_proto::frame::FrameOwner;
-use kvatlas_proto::{BlockKey, SourceId};
 use parking_lot::RwLockWriteGuard;
 
 use super::{Budget, OwnerNo, ScopeIndex, SourceEntry};
@@ -19,12 +19,7 @@ impl ScopeIndex {
     }
 
     /// What a checkpoint says of a source; `None` for one that is gone.
-    pub(crate) fn save(
-        &self,
-        (scope, shard): &PartId,
-        source: &SourceId,
-        root: BlockKey,
-    ) -> Option<SavedSource> {
+    pub(crate) fn save(&self, (scope, shard): &PartId, source: &SourceId) -> Option<SavedSource> {
         let state = self.state.read();
         let entry = state.source(*state.ids.get(source)?)?;
         if entry.tracker.state() == SourceState::Gone {
@@ -40,7 +35,7 @@ impl ScopeIndex {
                     kind: owner.kind,
                     load_blocks: owner.load_blocks,
                 },
-                blocks: state.blocks_with_parents(*no, root),
+                blocks: state.blocks_with_parents(*no),
             })
         };
         Some(SavedSource {

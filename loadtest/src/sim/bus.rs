@@ -3,6 +3,8 @@
 //! Every pair of a shim and an index has its own faults and its own choices. Without a fault, a pair's messages of one
 //! kind arrive in order after less than a millisecond.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
 use super::op::BusFault;
@@ -11,11 +13,12 @@ use super::rng::Rng;
 /// Shortest and longest time on the way without a fault, microseconds.
 const LATENCY_US: (u64, u64) = (100, 900);
 
-/// What kind of message: kinds are separate subscriptions, so their order is not kept among one another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What kind of message: kinds are separate subscriptions, so their order is not kept among one another. Each shard's events
+/// are a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
-    /// Event frames, shim to index.
-    Event,
+    /// Event frames of one shard, shim to index.
+    Event(u16),
     /// Answers, shim to index.
     Reply,
     /// Requests, index to shim.
@@ -47,7 +50,7 @@ struct Link {
     delay: Fault,
     cut: Fault,
     /// When the last message of each kind arrives: the next one does not overtake it.
-    last_us: [u64; 4],
+    last_us: BTreeMap<Kind, u64>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -76,7 +79,7 @@ impl Bus {
             damage: Fault::default(),
             delay: Fault::default(),
             cut: Fault::default(),
-            last_us: [0; 4],
+            last_us: BTreeMap::new(),
         };
         Self { indexes, links: (0..(shims * indexes) as u64).map(link).collect() }
     }
@@ -144,7 +147,7 @@ impl Link {
         if let Some(longest_us) = self.delay.now(now_us) {
             return at_us + self.rng.below(longest_us + 1);
         }
-        let last_us = &mut self.last_us[kind as usize];
+        let last_us = self.last_us.entry(kind).or_default();
         *last_us = at_us.max(*last_us + 1);
         *last_us
     }

@@ -1,12 +1,13 @@
 //! A simulated index process: what the shell around [`Index`] does with the bus, timers and its checkpoint, in virtual
 //! time. The index and its checkpoint are the real ones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 
 use bytes::Bytes;
 use kvatlas_index::sources::{DegradedReason, SourceState};
-use kvatlas_index::{Applied, Index, IndexLimits, RecoveryLimits};
+use kvatlas_index::{Applied, Index, IndexLimits, LimitReached, RecoveryLimits};
+use kvatlas_proto::ShardId;
 use kvatlas_proto::frame::FrameView;
 use kvatlas_proto::keys::KeySeed;
 use kvatlas_proto::request::Want;
@@ -23,7 +24,8 @@ const POLL_US: u64 = 15_000;
 const TICK_US: u64 = 1_000_000;
 /// Time between two checkpoints, microseconds. Shorter than the shell's, so that simulations have some.
 const SAVE_US: u64 = 2_000_000;
-/// Messages between two comparisons of scores with what is held: they cost more than all other checks.
+/// Messages between two comparisons of scores with what is held, and as many more for each further shard: they cost more than
+/// all other checks.
 const SCORE_EVERY: u64 = 32;
 
 /// Buffers of worlds with small ones: three frames wait, answers are applied piece by piece, one at a time.
@@ -38,8 +40,16 @@ pub(super) struct IndexProcess {
     pub(super) stalled_until_us: u64,
     disk: Disk,
     messages: u64,
-    /// The newest epoch heard from each shim in this life.
-    pub(super) heard: BTreeMap<usize, u64>,
+    /// What it is to own; configuration, so it outlives the process.
+    pub(super) wanted: BTreeSet<ShardId>,
+    /// What it owns, that is, whose events it is subscribed to, and since when.
+    pub(super) owned: BTreeMap<ShardId, u64>,
+    /// When that changed last.
+    pub(super) owned_since_us: u64,
+    /// It has not said yet that everything of that is found out.
+    pub(super) finding_out: bool,
+    /// The newest epoch heard from each shim in each shard in this life.
+    pub(super) heard: BTreeMap<(usize, ShardId), u64>,
 }
 
 // === impl IndexProcess ===
@@ -62,12 +72,17 @@ impl IndexProcess {
         self.index.as_ref()
     }
 
+    /// Whether it is up and gets the events of a shard.
+    pub(super) fn owns(&self, shard: ShardId) -> bool {
+        self.is_up() && self.owned.contains_key(&shard)
+    }
+
     /// Kills the process. Returns the number of its next life, or `None` if it was dead.
     pub(super) fn kill(&mut self, fault: DiskFault, rng: &mut Rng) -> Option<u32> {
         self.index.take()?;
         let (mut disk, life) = (std::mem::take(&mut self.disk), self.life + 1);
         disk.fail(fault, rng);
-        *self = Self { life, disk, ..Self::default() };
+        *self = Self { life, disk, wanted: std::mem::take(&mut self.wanted), ..Self::default() };
         Some(life)
     }
 }
@@ -83,15 +98,16 @@ impl World {
     pub(super) fn start_index(&mut self, number: usize) {
         let recovery = if self.small_buffers { SMALL_BUFFERS } else { RecoveryLimits::default() };
         let limits = IndexLimits { recovery, ..IndexLimits::default() };
-        let index = Index::new(limits, KeySeed::PUBLISHED);
+        let index = Index::cut(limits, KeySeed::PUBLISHED, self.partition);
+        let process = &mut self.indexes[number];
+        process.owned = process.wanted.iter().map(|shard| (*shard, self.now_us)).collect();
+        index.own(&process.owned.keys().copied().collect::<Vec<_>>());
         self.restore_index(number, &index);
         let process = &mut self.indexes[number];
         process.index = Some(index);
         let life = process.life;
         self.log.line(self.now_us, format_args!("index {number} starts"));
-        for shim in 0..self.shims.len() {
-            self.send_to_shim(number, shim, Kind::Hello, &Bytes::new());
-        }
+        self.begins_to_find_out(number);
         self.after(POLL_US, Event::Poll { index: number, life });
         self.after(TICK_US, Event::Tick { index: number, life });
         if self.files {
@@ -138,21 +154,29 @@ impl World {
             return;
         };
         let header = frame.header();
-        let (epoch, seq) = (header.epoch.0, header.seq.0);
+        let (epoch, seq, shard) = (header.epoch.0, header.seq.0, header.shard);
         let applied = match kind {
-            Kind::Event => match index.apply(&frame, payload, now_ms) {
+            Kind::Event(_) => match index.apply(&frame, payload, now_ms) {
                 Ok(applied) => Some(applied),
+                // It was on its way when the shard was given up.
+                Err(LimitReached::Shard { .. }) if !index.owns(shard) => None,
                 Err(error) => return self.fail("a small index reaches no bound", error.to_string()),
             },
             _ => index.on_reply(&frame, payload, now_ms),
         };
         let part = header.part;
         drop(frame);
+        if !index.owns(shard) {
+            if applied.is_some() {
+                self.fail("what is not owned is refused", format!("index {number} took a frame of {shard}"));
+            }
+            return;
+        }
         if let Some(applied) = applied {
             self.log.line(
                 self.now_us,
                 format_args!(
-                    "index {number} takes {part:?} {epoch}.{seq} of shim {shim}: {:?} {:?}",
+                    "index {number} takes {part:?} {epoch}.{seq} of shim {shim} in {shard}: {:?} {:?}",
                     applied.verdict, applied.after
                 ),
             );
@@ -160,10 +184,10 @@ impl World {
         }
         let process = &mut self.indexes[number];
         process.messages += 1;
-        let heard = process.heard.entry(shim).or_default();
+        let heard = process.heard.entry((shim, shard)).or_default();
         *heard = epoch.max(*heard);
-        let scores = process.messages.is_multiple_of(SCORE_EVERY);
-        self.check_source(number, shim);
+        let scores = process.messages.is_multiple_of(SCORE_EVERY * u64::from(self.partition.shards()));
+        self.check_source(number, shim, shard);
         if scores {
             self.check_scores(number);
         }
@@ -195,6 +219,9 @@ impl World {
         let life = self.indexes[number].life;
         self.after(POLL_US, Event::Poll { index: number, life });
         self.ask(number);
+        if self.indexes[number].finding_out {
+            self.look_found_out(number);
+        }
     }
 
     /// Sends what the index wants to ask.
@@ -210,6 +237,9 @@ impl World {
             else {
                 return self.fail("only publishers are asked", source.to_string());
             };
+            if !self.indexes[number].owned.contains_key(&request.shard) {
+                return self.fail("only what is owned is asked about", format!("{request:?}"));
+            }
             let kind = match &request.want {
                 Want::Frames(_) => "asked_for_frames",
                 Want::State(_) => "asked_for_state",
@@ -232,15 +262,17 @@ impl World {
             self.log
                 .line(self.now_us, format_args!("index {number}: {} {:?}", expired.source, expired.expiry));
         }
+        let owned: Vec<ShardId> = self.indexes[number].owned.keys().copied().collect();
         for shim in 0..self.shims.len() {
-            self.check_source(number, shim);
+            owned.iter().for_each(|shard| self.check_source(number, shim, *shard));
         }
+        self.look_found_out(number);
         self.check_scores(number);
         self.ask(number);
     }
 
     /// Sends over the bus, as it is now.
-    fn send_to_shim(&mut self, index: usize, shim: usize, kind: Kind, payload: &Bytes) {
+    pub(super) fn send_to_shim(&mut self, index: usize, shim: usize, kind: Kind, payload: &Bytes) {
         let fingerprint = xxhash_rust::xxh3::xxh3_64(payload);
         let deliveries = self.bus.send((shim, index), kind, payload, self.now_us);
         self.log.line(

@@ -4,15 +4,20 @@
 //!
 //! A [`Scenario`] is a readable list of what happens ([`Op`]); [`generate`] makes one from a seed. [`run`] plays it and
 //! checks at every step what must hold ([`Outcome::failure`] says what did not); after the last step all faults stop,
-//! every engine takes one more request, and within [`EXACT_MS`] every index must be what the engines hold, and say so.
+//! every engine takes one more request, and within [`EXACT_MS`] every index must be what the engines hold in the shards that
+//! it owns, and say so. Then, where the key space is cut, the indexes exchange what they own ([`owned`]).
 //! The same scenario always gives the same log, byte for byte ([`Outcome::log_hash`]).
 //!
 //! What is simulated, and how:
 //!
 //! * engines ([`engine`]): caches with copies, two tiers, eviction, resets, restarts; messages are vLLM's own bytes;
 //! * an engine's sockets: in order, lossy, with reconnects; a bounded replay buffer;
-//! * the bus ([`bus`]): per shim and index loss, duplicates, damage, delay (so reorder) and cuts; answers too;
-//! * processes: killed and started again, standing still, clocks set back, files torn ([`disk`]).
+//! * the bus ([`bus`]): events of a shard for who owns it; per shim and index loss, duplicates, damage, delay (so reorder) and cuts; answers too;
+//! * processes: killed and started again, standing still, clocks set back, files torn ([`disk`]); indexes that take in shards
+//!   and give up others.
+//!
+//! Half of the worlds have the key space in one piece, the others cut it into a few shards: divided among the indexes, or on
+//! all of them, or with a part that nobody has.
 //!
 //! Why every engine takes one more request at the end: a message that a PUB socket drops is noticed with the next one.
 //! Nobody can notice it earlier, so without one there is nothing to converge to.
@@ -29,9 +34,11 @@ mod index_side;
 mod log;
 mod op;
 mod op_text;
+mod owned;
 mod prompts;
 mod reference;
 mod rng;
+mod scores;
 mod seeds;
 mod shim_side;
 mod shrink;
@@ -42,7 +49,8 @@ use std::fmt;
 use std::panic::AssertUnwindSafe;
 
 use bytes::Bytes;
-use kvatlas_proto::frame::{Change, FrameView, OpBuffer, SourceHealth};
+use kvatlas_proto::Partition;
+use kvatlas_proto::frame::{Change, FrameHeader, FrameView, OpBuffer, SourceHealth};
 use tracing::subscriber::NoSubscriber;
 
 pub use generate::generate;
@@ -79,6 +87,8 @@ pub enum Sabotage {
     /// As [`Self::SkipRemovals`], but only until all faults stop, and nobody looks before everything is exact: what went
     /// wrong must be found and repaired by the system itself.
     SkipRemovalsUnseen,
+    /// Indexes take some frames of a shard for the next shard's. Nothing where there is but one.
+    MixLanes,
 }
 
 /// What must hold and did not.
@@ -117,8 +127,12 @@ pub struct Counts {
     pub files_loaded: u64,
     /// Comparisons of an index with its publisher.
     pub checks: u64,
-    /// Comparisons of scores of all prompts.
+    /// Comparisons of scores of prompts.
     pub score_checks: u64,
+    /// Answers of several indexes in them that did not cover the whole prompt, because nobody owned a part of it.
+    pub partial_scores: u64,
+    /// Looks at indexes that had found out everything.
+    pub found_out: u64,
 }
 
 /// What came of a simulation.
@@ -201,6 +215,9 @@ fn settle(world: &mut World, allowed_ms: u64) -> Option<u64> {
             }
         }
     }
+    if world.failure.is_none() && world.partition != Partition::WHOLE {
+        world.hand_over();
+    }
     world.run_until(world.now_us + STABLE_MS * 1_000);
     if let Some(what) = settled(world) {
         world.fail("what is exact stays exact", what);
@@ -273,29 +290,41 @@ fn name(shim: usize) -> String {
 impl Sabotage {
     /// A frame as the index sees it.
     fn frame(self, bytes: &Bytes, quiet: bool) -> Bytes {
-        let planted = self == Self::SkipRemovals || (self == Self::SkipRemovalsUnseen && !quiet);
-        match FrameView::parse(bytes) {
-            Ok(view) if planted => {
-                let mut ops = OpBuffer::default();
-                for op in view.ops() {
-                    let owner = op.owner as u8;
-                    match op.change {
-                        Change::Stored { mut parent, keys } => {
-                            for key in keys.iter() {
-                                ops.stored(owner, parent, key);
-                                parent = key;
-                            }
-                        }
-                        Change::Removed(_) => {}
-                        Change::Cleared => ops.cleared(owner),
-                        Change::Bucket { slice, blocks } => ops.bucket(owner, slice, blocks.iter()),
-                    }
-                }
-                view.header().encode(&mut ops).map_or_else(|_| bytes.clone(), Bytes::from)
+        let Ok(view) = FrameView::parse(bytes) else { return bytes.clone() };
+        let header = view.header();
+        let encoded = match self {
+            Self::SkipRemovals => encode(header, &view, false),
+            Self::SkipRemovalsUnseen if !quiet => encode(header, &view, false),
+            Self::MixLanes if header.digests.is_empty() && header.seq.0 % 4 == 1 => {
+                let partition = Partition::new(header.shard.of().into()).unwrap_or_default();
+                let shard = partition.shard((header.shard.number() + 1) % partition.shards());
+                encode(&FrameHeader { shard, ..header.clone() }, &view, true)
             }
-            _ => bytes.clone(),
+            _ => return bytes.clone(),
+        };
+        encoded.unwrap_or_else(|| bytes.clone())
+    }
+}
+
+/// A frame once more, with another header or without removals.
+fn encode(header: &FrameHeader, view: &FrameView<'_>, removals: bool) -> Option<Bytes> {
+    let mut ops = OpBuffer::default();
+    for op in view.ops() {
+        let owner = op.owner as u8;
+        match op.change {
+            Change::Stored { mut parent, keys } => {
+                for key in keys.iter() {
+                    ops.stored(owner, parent, key);
+                    parent = key;
+                }
+            }
+            Change::Removed(keys) if removals => keys.iter().for_each(|key| ops.removed(owner, key)),
+            Change::Removed(_) => {}
+            Change::Cleared => ops.cleared(owner),
+            Change::Bucket { slice, blocks } => ops.bucket(owner, slice, blocks.iter()),
         }
     }
+    header.encode(&mut ops).ok().map(Bytes::from)
 }
 
 // === impl Failure ===
@@ -327,5 +356,7 @@ impl Counts {
         self.files_loaded += other.files_loaded;
         self.checks += other.checks;
         self.score_checks += other.score_checks;
+        self.partial_scores += other.partial_scores;
+        self.found_out += other.found_out;
     }
 }

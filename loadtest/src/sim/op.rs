@@ -1,11 +1,16 @@
 //! What can happen in a simulation: the operations, and scenarios made of them. [`super::op_text`] has their text.
 
+use kvatlas_proto::{Partition, ShardSet};
+
 use super::prompts::PROMPTS;
 
 /// Most engines, indexes, and blocks per engine and tier: worlds are small, so that there can be many.
 const MAX_ENGINES: usize = 16;
 const MAX_INDEXES: usize = 4;
 const MAX_BLOCKS: usize = 4_096;
+/// Most shards, and most parts that they are divided into.
+const MAX_SHARDS: u32 = 16;
+const MAX_PARTS: u32 = 8;
 
 /// A simulation from beginning to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +34,13 @@ pub struct WorldConfig {
     pub host_blocks: usize,
     /// Messages in each engine's replay buffer; 0: no replay socket.
     pub replay_messages: usize,
-    /// Index replicas.
+    /// Indexes.
     pub indexes: usize,
+    /// Virtual shards of the key space.
+    pub shards: u32,
+    /// The shards are divided into so many parts; index n begins with part n (modulo their number), so that indexes with the
+    /// same part are replicas, and parts beyond the number of indexes are nobody's.
+    pub parts: u32,
     /// Shims and indexes keep their state in files.
     pub files: bool,
     /// Buffers of shims and indexes are as small as can be, so that their bounds are reached.
@@ -121,6 +131,15 @@ pub enum Op {
         /// How long.
         for_ms: u64,
     },
+    /// An index is to own other shards from now on, also in its next lives.
+    Own {
+        /// Which index.
+        index: usize,
+        /// These.
+        set: ShardSet,
+        /// Beside those that it owns already.
+        beside: bool,
+    },
     /// The clock of a shim's host is set back; the shim notices when it starts again.
     SetBack {
         /// Which shim.
@@ -208,6 +227,7 @@ impl Op {
             Self::Kill { process: Process::Index(_), .. } => "index_kill",
             Self::Stall { process: Process::Shim(_), .. } => "shim_stall",
             Self::Stall { process: Process::Index(_), .. } => "index_stall",
+            Self::Own { .. } => "index_owns",
             Self::SetBack { .. } => "clock_set_back",
             Self::Bus { fault, .. } => match fault {
                 BusFault::Loss { .. } => "bus_loss",
@@ -235,6 +255,7 @@ impl Op {
             | Self::CutEvents { engine, .. }
             | Self::HoldReplay { engine, .. } => *engine < world.engines,
             Self::Kill { process, .. } | Self::Stall { process, .. } => has(process),
+            Self::Own { index, set, .. } => *index < world.indexes && u32::from(set.servers()) <= MAX_PARTS,
             Self::SetBack { shim, .. } => *shim < world.engines,
             Self::Bus { pair, .. } => {
                 pair.is_none_or(|(shim, index)| has(&Process::Shim(shim)) && has(&Process::Index(index)))
@@ -256,6 +277,20 @@ impl Op {
     }
 }
 
+// === impl WorldConfig ===
+
+impl WorldConfig {
+    /// How the key space is cut.
+    pub(super) fn partition(&self) -> Partition {
+        Partition::new(self.shards).expect("a scenario that fits has few shards")
+    }
+
+    /// What an index owns at the beginning.
+    pub(super) fn first_set(&self, index: usize) -> ShardSet {
+        ShardSet::new(index as u32 % self.parts, self.parts).expect("a remainder is below its divisor")
+    }
+}
+
 // === impl DiskFault ===
 
 impl DiskFault {
@@ -268,9 +303,11 @@ impl DiskFault {
 impl Scenario {
     /// True if every step is about something that the world has, and the world is not larger than it may be.
     pub fn fits(&self) -> bool {
-        let WorldConfig { engines, indexes, device_blocks, host_blocks, .. } = self.world;
+        let WorldConfig { engines, indexes, device_blocks, host_blocks, shards, parts, .. } = self.world;
         (1..=MAX_ENGINES).contains(&engines)
             && (1..=MAX_INDEXES).contains(&indexes)
+            && (1..=MAX_SHARDS).contains(&shards)
+            && (1..=MAX_PARTS).contains(&parts)
             && (1..=MAX_BLOCKS).contains(&device_blocks)
             && host_blocks <= MAX_BLOCKS
             && self.steps.iter().all(|step| step.op.fits(&self.world))

@@ -1,14 +1,18 @@
 //! Scenarios as text that people read and write: a line about the world, then one line per step.
 //!
 //! ```text
-//! seed 7 engines 2 device 24 host 8 replay 50 indexes 1 files
+//! seed 7 engines 2 device 24 host 8 replay 50 indexes 2 shards 5 parts 2 files
 //! t=0.250s engine 1 serves 12 blocks of #3
 //! t=0.900s bus shim 1 <-> index 0 loses 20% for 3.000s
 //! t=1.250s index 0 is killed for 0.300s (disk torn)
+//! t=1.900s index 1 owns 0of2
+//! t=2.000s index 0 owns 1of2 too
 //! ```
 
 use std::fmt;
 use std::str::FromStr;
+
+use kvatlas_proto::ShardSet;
 
 use super::op::{BusFault, DiskFault, Op, Process, Scenario, Step, WorldConfig};
 
@@ -47,6 +51,9 @@ impl fmt::Display for Op {
                 write!(f, "{process} is killed for {}{disk}", Seconds(*for_ms))
             }
             Self::Stall { process, for_ms } => write!(f, "{process} stalls for {}", Seconds(*for_ms)),
+            Self::Own { index, set, beside } => {
+                write!(f, "index {index} owns {set}{}", if *beside { " too" } else { "" })
+            }
             Self::SetBack { shim, by_ms } => {
                 write!(f, "shim {shim} clock is set back by {}", Seconds(*by_ms))
             }
@@ -72,6 +79,12 @@ fn parse_op(words: &[&str]) -> Option<Op> {
         ["engine", engine, rest @ ..] => parse_engine_op(engine.parse().ok()?, rest)?,
         ["shim", shim, "clock", "is", "set", "back", "by", time] => {
             Op::SetBack { shim: shim.parse().ok()?, by_ms: parse_seconds(time)? }
+        }
+        ["index", index, "owns", set] => {
+            Op::Own { index: index.parse().ok()?, set: parse_set(set)?, beside: false }
+        }
+        ["index", index, "owns", set, "too"] => {
+            Op::Own { index: index.parse().ok()?, set: parse_set(set)?, beside: true }
         }
         [kind @ ("shim" | "index"), number, rest @ ..] => {
             let number = number.parse().ok()?;
@@ -134,6 +147,11 @@ fn parse_disk(words: &[&str]) -> Option<DiskFault> {
         ["(disk", what] => DiskFault::ALL.into_iter().find(|fault| what.strip_suffix(')') == fault.name()),
         _ => None,
     }
+}
+
+fn parse_set(word: &str) -> Option<ShardSet> {
+    let (ordinal, servers) = word.split_once("of")?;
+    ShardSet::new(ordinal.parse().ok()?, servers.parse().ok()?).ok()
 }
 
 fn parse_seconds(word: &str) -> Option<u64> {
@@ -220,6 +238,9 @@ impl fmt::Display for WorldConfig {
         let Self { seed, engines, device_blocks, host_blocks, replay_messages, indexes, .. } = self;
         write!(f, "seed {seed} engines {engines} device {device_blocks} host {host_blocks} ")?;
         write!(f, "replay {replay_messages} indexes {indexes}")?;
+        if (self.shards, self.parts) != (1, 1) {
+            write!(f, " shards {} parts {}", self.shards, self.parts)?;
+        }
         f.write_str(if self.files { " files" } else { "" })?;
         f.write_str(if self.small_buffers { " small-buffers" } else { "" })
     }
@@ -253,6 +274,12 @@ fn parse_world(text: &str) -> Option<WorldConfig> {
     else {
         return None;
     };
+    let (shards, parts, options) = match options {
+        ["shards", shards, "parts", parts, options @ ..] => {
+            (shards.parse().ok()?, parts.parse().ok()?, options)
+        }
+        _ => (1, 1, options),
+    };
     let (files, small_buffers) = match options {
         [] => (false, false),
         ["files"] => (true, false),
@@ -267,6 +294,8 @@ fn parse_world(text: &str) -> Option<WorldConfig> {
         host_blocks: host.parse().ok()?,
         replay_messages: replay.parse().ok()?,
         indexes: indexes.parse().ok()?,
+        shards,
+        parts,
         files,
         small_buffers,
     })

@@ -1,19 +1,26 @@
-//! What each publisher's mirror was after each of its frames: the judge of every index. It is kept by reading the
-//! published frames naively, and compared with the mirror itself each time.
+//! What each publisher's mirror was in each shard after each frame of that lane: the judge of every index. It is kept by
+//! reading the published frames naively, and compared with the mirror itself each time. That every block is in its own lane is
+//! judged by the prompts, so that all lanes together are the mirror, and nothing is in two.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use bytes::Bytes;
 use kvatlas_proto::frame::{Change, FrameHeader, FramePart, FrameView};
-use kvatlas_proto::{BlockKey, Digest, Tier};
+use kvatlas_proto::{BlockKey, Digest, Partition, ShardId, Tier};
+use kvatlas_shim::source::Outgoing;
 
 use super::engine::Content;
+use super::prompts::Prompts;
 
 /// All publishers' histories.
-pub(super) struct Reference(Vec<History>);
+pub(super) struct Reference {
+    partition: Partition,
+    /// By publisher and shard.
+    lanes: Vec<Vec<History>>,
+}
 
-/// One publisher through all its lives.
+/// One publisher in one shard, through all its lives.
 #[derive(Default)]
 struct History {
     /// By epoch.
@@ -36,48 +43,81 @@ struct EpochHistory {
 // === impl Reference ===
 
 impl Reference {
-    pub(super) fn new(shims: usize) -> Self {
-        Self((0..shims).map(|_| History::default()).collect())
+    pub(super) fn new(shims: usize, partition: Partition) -> Self {
+        let lanes = || partition.all().map(|_| History::default()).collect();
+        Self { partition, lanes: (0..shims).map(|_| lanes()).collect() }
     }
 
-    /// Notes what a process begins with.
-    pub(super) fn restored(&mut self, shim: usize, content: Content) {
-        self.0[shim].restored = content;
+    /// Notes what a process begins with, by shard.
+    pub(super) fn restored(&mut self, shim: usize, mirror: Vec<Content>) {
+        for (history, content) in self.lanes[shim].iter_mut().zip(mirror) {
+            history.restored = content;
+        }
     }
 
-    /// Notes frames that were published in one go, after which the mirror is `mirror`. Says what is wrong with them.
+    /// Notes frames that were published in one go, after which the mirror is `mirror`, by shard. Says what is wrong with them.
     pub(super) fn published(
         &mut self,
         shim: usize,
-        frames: &[Bytes],
-        mirror: &Content,
+        frames: &[Outgoing],
+        mirror: &[Content],
     ) -> Result<(), String> {
-        let views: Vec<FrameView<'_>> = frames
-            .iter()
-            .map(|frame| FrameView::parse(frame).map_err(|error| format!("shim {shim}: {error}")))
-            .collect::<Result<_, _>>()?;
-        let history = &mut self.0[shim];
-        for (at, view) in views.iter().enumerate() {
-            history
-                .published(view, &views[at + 1..], mirror)
-                .map_err(|error| format!("shim {shim}: {error}"))?;
+        let partition = self.partition;
+        for ((shard, mirror), history) in partition.all().zip(mirror).zip(&mut self.lanes[shim]) {
+            let wrong = |error: String| format!("shim {shim}, shard {shard}: {error}");
+            let views: Vec<FrameView<'_>> = frames
+                .iter()
+                .filter(|outgoing| outgoing.shard == shard)
+                .map(|outgoing| FrameView::parse(&outgoing.frame).map_err(|error| wrong(error.to_string())))
+                .collect::<Result<_, _>>()?;
+            for (at, view) in views.iter().enumerate() {
+                check_places(view, shard, partition).map_err(wrong)?;
+                history.published(view, &views[at + 1..], mirror).map_err(wrong)?;
+            }
+            if *history.now != *mirror {
+                let difference = differences(&history.now, mirror);
+                return Err(wrong(format!("frames do not add up to the mirror: {difference}")));
+            }
         }
-        if *history.now != *mirror {
-            let difference = differences(&history.now, mirror);
-            return Err(format!("shim {shim}: frames do not add up to the mirror: {difference}"));
+        let newest = |history: &History| history.epochs.last_key_value().map(|(epoch, _)| *epoch);
+        let mut epochs = self.lanes[shim].iter().map(newest);
+        let first = epochs.next();
+        if epochs.any(|epoch| Some(epoch) != first) {
+            return Err(format!("shim {shim}: its lanes are not of one epoch"));
         }
         Ok(())
     }
 
-    /// The state after a frame.
-    pub(super) fn at(&self, shim: usize, epoch: u64, seq: u64) -> Option<&Content> {
-        self.0[shim].epochs.get(&epoch)?.states.get(seq as usize).map(Rc::as_ref)
+    /// What was held in a shard after a frame of it.
+    pub(super) fn at(&self, shim: usize, shard: ShardId, epoch: u64, seq: u64) -> Option<&Content> {
+        self.epoch(shim, shard, epoch)?.states.get(seq as usize).map(Rc::as_ref)
     }
 
-    /// True if a block was held at any time in an epoch.
-    pub(super) fn ever(&self, shim: usize, epoch: u64, block: (Tier, u64)) -> bool {
-        self.0[shim].epochs.get(&epoch).is_some_and(|epoch| epoch.ever.contains(&block))
+    /// True if a block was held in a shard at any time in an epoch.
+    pub(super) fn ever(&self, shim: usize, shard: ShardId, epoch: u64, block: (Tier, u64)) -> bool {
+        self.epoch(shim, shard, epoch).is_some_and(|epoch| epoch.ever.contains(&block))
     }
+
+    fn epoch(&self, shim: usize, shard: ShardId, epoch: u64) -> Option<&EpochHistory> {
+        self.lanes[shim][usize::from(shard.number())].epochs.get(&epoch)
+    }
+}
+
+/// Every block of a frame is of the frame's shard, and the frame says so.
+fn check_places(view: &FrameView<'_>, shard: ShardId, partition: Partition) -> Result<(), String> {
+    if view.header().shard != shard {
+        return Err(format!("a frame says that it is of shard {}", view.header().shard));
+    }
+    for op in view.ops() {
+        let (Change::Stored { keys, .. } | Change::Removed(keys)) = op.change else { continue };
+        for key in keys.iter() {
+            let place = Prompts::get().shard_of(key.0, partition);
+            if place != Some(shard.number()) {
+                return Err(format!("block {:016x} is of shard {place:?}", key.0));
+            }
+        }
+    }
+    Ok(())
 }
 
 // === impl History ===
@@ -207,4 +247,71 @@ pub(super) fn differences(mine: &Content, theirs: &Content) -> String {
         format!("{} [{}]", only.len(), only.iter().take(6).cloned().collect::<Vec<_>>().join(" "))
     };
     format!("too many: {}, missing: {}", list(mine, theirs), list(theirs, mine))
+}
+
+#[cfg(test)]
+mod tests {
+    use kvatlas_proto::frame::{FrameOwner, OpBuffer, SourceHealth};
+    use kvatlas_proto::keys::KeyVariant;
+    use kvatlas_proto::{
+        CacheGroup, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeyHasher, Scope, SourceId,
+    };
+
+    use super::*;
+
+    /// A frame that begins an epoch with these blocks.
+    fn frame(shard: ShardId, epoch: u64, keys: &[u64]) -> Outgoing {
+        let mut ops = OpBuffer::default();
+        keys.iter().for_each(|key| ops.stored(0, KeyHasher::default().root(), BlockKey(*key)));
+        let owner = FrameOwner {
+            tier: Tier::Gpu,
+            medium: "GPU".to_owned(),
+            group: CacheGroup(0),
+            kind: GroupKind::Full,
+            load_blocks: 1,
+        };
+        let header = FrameHeader {
+            scope: Scope::new("m", "", 4, 1).unwrap(),
+            source: SourceId { instance: InstanceId::new("a:1").unwrap(), rank: DpRank(0) },
+            shard,
+            variant: KeyVariant::default(),
+            epoch: Epoch(epoch),
+            seq: FrameSeq(0),
+            part: FramePart::Live,
+            health: SourceHealth::Exact,
+            engine_time_ns: 0,
+            owners: vec![owner],
+            digests: Vec::new(),
+            reply: None,
+        };
+        Outgoing { shard, frame: header.encode(&mut ops).unwrap().into() }
+    }
+
+    #[test]
+    fn a_publisher_that_puts_a_block_into_another_lane_is_found_though_its_mirror_agrees() {
+        let partition = Partition::new(3).unwrap();
+        let (key, prompts) = (Prompts::get().keys(4)[40], Prompts::get());
+        let own = prompts.shard_of(key, partition).unwrap();
+        for lane in partition.all() {
+            let of = |shard: ShardId| if shard == lane { vec![key] } else { Vec::new() };
+            let frames: Vec<_> = partition.all().map(|shard| frame(shard, 7, &of(shard))).collect();
+            let held = |key: u64| (Tier::Gpu, key);
+            let mirror: Vec<Content> =
+                partition.all().map(|shard| of(shard).into_iter().map(held).collect()).collect();
+            let judged = Reference::new(1, partition).published(0, &frames, &mirror);
+            assert_eq!(judged.is_ok(), lane.number() == own, "{judged:?}");
+        }
+    }
+
+    #[test]
+    fn lanes_of_two_epochs_are_found() {
+        let partition = Partition::new(2).unwrap();
+        let judge = |epochs: [u64; 2]| {
+            let frames: Vec<_> =
+                partition.all().zip(epochs).map(|(shard, epoch)| frame(shard, epoch, &[])).collect();
+            Reference::new(1, partition).published(0, &frames, &[Content::new(), Content::new()])
+        };
+        assert_eq!(judge([7, 7]), Ok(()));
+        assert!(judge([7, 8]).unwrap_err().contains("one epoch"));
+    }
 }

@@ -40,6 +40,8 @@ pub struct Slowest {
 pub struct Report {
     /// The seed.
     pub seed: u64,
+    /// Into how many shards the key space was to be cut, where the seed was not to say it.
+    pub shards: Option<u32>,
     /// What did not hold.
     pub failure: Failure,
     /// Everything that the seed made happen.
@@ -50,10 +52,11 @@ pub struct Report {
     pub lines: Vec<String>,
 }
 
-/// Runs seeds from `first` on, on some threads, as long as `go_on` says so for the number of seeds begun so far, and up to
+/// Runs seeds from `first` on, with `shards` as in [`generate`], on some threads, as long as `go_on` says so for the number of seeds begun so far, and up to
 /// the first that fails; that one is made small as long as `shrink_on` says so.
 pub fn run_seeds(
     first: u64,
+    shards: Option<u32>,
     threads: usize,
     sabotage: Sabotage,
     go_on: impl Fn(u64) -> bool + Sync,
@@ -68,7 +71,7 @@ pub fn run_seeds(
                 break;
             }
             let seed = first.wrapping_add(number);
-            let outcome = run(&generate(seed), sabotage, false);
+            let outcome = run(&generate(seed, shards), sabotage, false);
             let mut totals = totals.lock();
             totals.seeds += 1;
             totals.counts.add(&outcome.counts);
@@ -86,9 +89,10 @@ pub fn run_seeds(
                 stop.store(true, Ordering::Relaxed);
                 // Of several that fail at the same time the first counts, so that the report is always the same.
                 if totals.failed.as_ref().is_none_or(|report| seed < report.seed) {
-                    let scenario = generate(seed);
+                    let scenario = generate(seed, shards);
                     let minimal = scenario.clone();
-                    totals.failed = Some(Report { seed, failure, scenario, minimal, lines: outcome.lines });
+                    let lines = outcome.lines;
+                    totals.failed = Some(Report { seed, shards, failure, scenario, minimal, lines });
                 }
             }
         }
@@ -124,6 +128,7 @@ impl fmt::Display for Report {
         for line in &self.lines {
             writeln!(f, "  {line}")?;
         }
-        write!(f, "\nreproduce it with: kvatlas sim faults --seed {} --trace", self.seed)
+        write!(f, "\nreproduce it with: kvatlas sim faults --seed {} --trace", self.seed)?;
+        self.shards.map_or(Ok(()), |shards| write!(f, " --shards {shards}"))
     }
 }

@@ -8,7 +8,7 @@ use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, ReplyPart};
 use kvatlas_proto::keys::KEY_VERSION;
 use kvatlas_proto::request::{Request, RequestId};
 use kvatlas_proto::{InstanceId, Scope, ShardId};
-use kvatlas_shim::source::{FRAME_OPS_BYTES, Live, PublishLimits, Source, SourceConfig, StateMark};
+use kvatlas_shim::source::{FRAME_OPS_BYTES, Live, Outgoing, PublishLimits, Source, SourceConfig, StateMark};
 
 use super::bus::Kind;
 use super::disk::Disk;
@@ -63,6 +63,8 @@ pub(super) struct ShimProcess {
     last_heartbeat_us: u64,
     /// When the next heartbeat is due.
     heartbeat_us: u64,
+    /// When this life published its first frame.
+    speaks_since_us: Option<u64>,
 }
 
 /// What a replay is under way for.
@@ -101,6 +103,11 @@ impl ShimProcess {
         self.source.as_ref()
     }
 
+    /// When this life published its first frame.
+    pub(super) fn speaks_since_us(&self) -> Option<u64> {
+        self.speaks_since_us.filter(|_| self.is_up())
+    }
+
     /// True while a replay is waited for, during which nothing is published.
     pub(super) fn is_replaying(&self) -> bool {
         !matches!(self.replaying, Replaying::Nothing)
@@ -125,22 +132,23 @@ impl ShimProcess {
         START_NS + now_us * 1_000 - self.clock_back_ns
     }
 
-    /// What the mirror holds now, published or not.
-    pub(super) fn mirror(&self) -> Result<Content, String> {
+    /// What the mirror holds now by shard, published or not.
+    pub(super) fn mirror(&self) -> Result<Vec<Content>, String> {
         let Some(source) = &self.source else { return Err("the process is dead".to_owned()) };
-        content_of_mirror(source).map_err(|error| error.to_string())
+        let lanes = source.partition().all().map(|shard| content_of_lane(source, shard));
+        lanes.collect::<Result<_, _>>().map_err(|error| error.to_string())
     }
 }
 
-/// Reads the mirror by what it would tell somebody who has nothing.
-fn content_of_mirror(source: &Source) -> Result<Content, EncodeFrameError> {
-    let (epoch, seq) = source.position(ShardId::WHOLE);
+/// Reads the mirror in a shard by what it would tell somebody who has nothing.
+fn content_of_lane(source: &Source, shard: ShardId) -> Result<Content, EncodeFrameError> {
+    let (epoch, seq) = source.position(shard);
     let owners = source.mirror().owners();
     let nothing = vec![None; owners.len()];
     let header = FrameHeader {
         scope: Scope::new(MODEL, "", BLOCK_TOKENS, KEY_VERSION).expect("a plain scope"),
         source: source.id(),
-        shard: ShardId::WHOLE,
+        shard,
         variant: source.mirror().variant(),
         epoch,
         seq,
@@ -151,7 +159,7 @@ fn content_of_mirror(source: &Source) -> Result<Content, EncodeFrameError> {
         digests: Vec::new(),
         reply: Some(ReplyPart { request: RequestId(0), piece: 0, pieces: 1 }),
     };
-    let mut told = source.mirror().differences(ShardId::WHOLE, &nothing, FRAME_OPS_BYTES);
+    let mut told = source.mirror().differences(shard, &nothing, FRAME_OPS_BYTES);
     let frames: Result<Vec<_>, _> = told.iter_mut().map(|ops| header.encode(ops).map(Bytes::from)).collect();
     Ok(content_of_answer(&frames?))
 }
@@ -167,6 +175,7 @@ impl World {
         let config = SourceConfig {
             has_replay,
             endpoint: format!("engine-{number}"),
+            partition: self.partition,
             publish: if self.small_buffers { SMALL_BUFFERS } else { PublishLimits::default() },
             ..SourceConfig::new(MODEL, InstanceId::new(super::name(number)).expect("a plain name"))
         };
@@ -182,8 +191,8 @@ impl World {
         shim.source =
             Some(restored.unwrap_or_else(|| Source::new(config, now_ns).expect("a plain model name")));
         shim.saved = None;
-        if let Ok(content) = shim.mirror() {
-            self.reference.restored(number, content);
+        if let Ok(mirror) = shim.mirror() {
+            self.reference.restored(number, mirror);
         }
         let life = self.shims[number].life;
         self.log.line(now_us, format_args!("shim {number} starts {line}"));
@@ -338,25 +347,28 @@ impl World {
         let now_ns = shim.now_ns(now_us);
         let Some(source) = &mut shim.source else { return };
         let frames = match source.take_frames(now_ns, heartbeat) {
-            Ok(outgoing) => outgoing.into_iter().map(|outgoing| outgoing.frame).collect::<Vec<_>>(),
+            Ok(frames) => frames,
             Err(error) => return self.fail("frames can be encoded", error.to_string()),
         };
         if frames.is_empty() {
             return;
         }
-        let (epoch, next) = source.position(ShardId::WHOLE);
+        shim.speaks_since_us.get_or_insert(now_us);
+        let next: Vec<u64> = source.partition().all().map(|shard| source.position(shard).1.0).collect();
         self.log.line(
             now_us,
-            format_args!("shim {number} publishes {} up to {}.{}", frames.len(), epoch.0, next.0),
+            format_args!("shim {number} publishes {} up to {}.{next:?}", frames.len(), source.epoch().0),
         );
         let judged = shim.mirror().and_then(|mirror| self.reference.published(number, &frames, &mirror));
         if let Err(error) = judged {
             return self.fail("frames add up to the mirror", error);
         }
         self.counts.frames += frames.len() as u64;
-        for frame in frames {
+        for Outgoing { shard, frame } in frames {
             for index in 0..self.indexes.len() {
-                self.send_to_index(number, index, Kind::Event, &frame);
+                if self.indexes[index].owns(shard) {
+                    self.send_to_index(number, index, Kind::Event(shard.number()), &frame);
+                }
             }
         }
     }
@@ -408,7 +420,7 @@ impl World {
 
     /// Sends over the bus, as it is now.
     fn send_to_index(&mut self, shim: usize, index: usize, kind: Kind, frame: &Bytes) {
-        let frame = self.sabotage.frame(frame, self.quiet);
+        let frame = self.sabotage.frame(frame, self.quiet_since_us.is_some());
         let fingerprint = xxhash_rust::xxh3::xxh3_64(&frame);
         let deliveries = self.bus.send((shim, index), kind, &frame, self.now_us);
         self.log.line(

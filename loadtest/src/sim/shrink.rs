@@ -39,14 +39,18 @@ pub fn shrink(scenario: &Scenario, sabotage: Sabotage, mut go_on: impl FnMut() -
     }
 }
 
-/// Leaves out the last engines and indexes where nothing happens to them.
+/// Leaves out the last engines and indexes where nothing happens to them, and cuts the key space into less.
 fn fewer_processes(mut best: Scenario, fails: &impl Fn(&Scenario) -> bool) -> Scenario {
     loop {
         let mut candidates = Vec::new();
-        for (engines, indexes) in [(1, 0), (0, 1)] {
+        for (engines, indexes, shards, parts) in
+            [(0, 0, u32::MAX, u32::MAX), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+        {
             let mut candidate = best.clone();
             candidate.world.engines = candidate.world.engines.saturating_sub(engines).max(1);
             candidate.world.indexes = candidate.world.indexes.saturating_sub(indexes).max(1);
+            candidate.world.shards = candidate.world.shards.saturating_sub(shards).max(1);
+            candidate.world.parts = candidate.world.parts.saturating_sub(parts).max(1);
             if candidate != best && candidate.fits() {
                 candidates.push(candidate);
             }

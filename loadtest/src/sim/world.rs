@@ -5,6 +5,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use bytes::Bytes;
+use kvatlas_proto::Partition;
 
 use super::bus::{Bus, Kind};
 use super::engine::Engine;
@@ -31,6 +32,8 @@ pub(super) struct World {
     pub(super) sabotage: Sabotage,
     pub(super) files: bool,
     pub(super) small_buffers: bool,
+    /// How the key space is cut.
+    pub(super) partition: Partition,
     pub(super) engines: Vec<EngineSide>,
     pub(super) shims: Vec<ShimProcess>,
     pub(super) indexes: Vec<IndexProcess>,
@@ -38,8 +41,8 @@ pub(super) struct World {
     pub(super) reference: Reference,
     /// A clock was set back: a source may be taken for an older life until its lease has ended.
     pub(super) clock_went_back: bool,
-    /// All faults have stopped.
-    pub(super) quiet: bool,
+    /// Since when there are no faults any more.
+    pub(super) quiet_since_us: Option<u64>,
     rng: Rng,
     /// What happens to processes that stand still, once they go on.
     waiting: BTreeMap<Process, Vec<Event>>,
@@ -97,6 +100,8 @@ pub(super) enum Event {
     ToIndex { index: usize, life: u32, shim: usize, kind: Kind, payload: Bytes },
     /// An index looks what it has to ask.
     Poll { index: usize, life: u32 },
+    /// An index is to own what it is said to own.
+    Own { index: usize, life: u32 },
     /// An index looks at its leases.
     Tick { index: usize, life: u32 },
     /// A process writes its file.
@@ -124,7 +129,7 @@ impl EngineSide {
 impl World {
     pub(super) fn new(scenario: &Scenario, sabotage: Sabotage, trace: bool) -> Self {
         let config = &scenario.world;
-        let seed = config.seed;
+        let (seed, partition) = (config.seed, config.partition());
         let mut world = Self {
             now_us: 0,
             seed,
@@ -134,6 +139,7 @@ impl World {
             sabotage,
             files: config.files,
             small_buffers: config.small_buffers,
+            partition,
             engines: (0..config.engines)
                 .map(|_| EngineSide {
                     engine: Engine::new(config.device_blocks, config.host_blocks, config.replay_messages),
@@ -145,9 +151,9 @@ impl World {
             shims: (0..config.engines).map(|_| ShimProcess::default()).collect(),
             indexes: (0..config.indexes).map(|_| IndexProcess::default()).collect(),
             bus: Bus::new(seed, config.engines, config.indexes),
-            reference: Reference::new(config.engines),
+            reference: Reference::new(config.engines, partition),
             clock_went_back: false,
-            quiet: false,
+            quiet_since_us: None,
             rng: Rng::new(seed, "world", 0),
             waiting: BTreeMap::new(),
             queue: BinaryHeap::new(),
@@ -158,6 +164,7 @@ impl World {
             world.start_shim(shim);
         }
         for index in 0..config.indexes {
+            world.indexes[index].wanted = config.first_set(index).shards(partition).into_iter().collect();
             world.start_index(index);
         }
         for step in &scenario.steps {
@@ -244,6 +251,7 @@ impl World {
             }
             Event::Poll { index, life } if self.indexes[index].lives(life) => self.on_poll(index),
             Event::Tick { index, life } if self.indexes[index].lives(life) => self.on_tick(index),
+            Event::Own { index, life } if self.indexes[index].lives(life) => self.on_own(index),
             Event::Save { process: Process::Shim(shim), life } if self.shims[shim].lives(life) => {
                 self.save_shim(shim);
             }
@@ -335,6 +343,7 @@ impl World {
                 *until_us = ends_us.max(*until_us);
                 self.at(ends_us, Event::GoesOn { process });
             }
+            Op::Own { index, set, beside } => self.want(index, set, beside),
             Op::SetBack { shim, by_ms } => {
                 self.shims[shim].set_clock_back(by_ms);
                 self.clock_went_back = true;
@@ -346,7 +355,7 @@ impl World {
     /// Ends every fault: processes run, links and sockets are there. What was lost stays lost.
     pub(super) fn calm(&mut self) {
         self.log.line(self.now_us, format_args!("QUIET"));
-        self.quiet = true;
+        self.quiet_since_us = Some(self.now_us);
         self.bus.calm();
         for shim in 0..self.shims.len() {
             self.shims[shim].stalled_until_us = 0;
@@ -459,9 +468,10 @@ fn receiver(event: &Event) -> Option<Process> {
         | Event::Prove { shim, .. }
         | Event::Heartbeat { shim, .. }
         | Event::ToShim { shim, .. } => Some(Process::Shim(*shim)),
-        Event::ToIndex { index, .. } | Event::Poll { index, .. } | Event::Tick { index, .. } => {
-            Some(Process::Index(*index))
-        }
+        Event::ToIndex { index, .. }
+        | Event::Poll { index, .. }
+        | Event::Tick { index, .. }
+        | Event::Own { index, .. } => Some(Process::Index(*index)),
         Event::Save { process, .. } => Some(*process),
         _ => None,
     }

@@ -28,6 +28,7 @@ pub mod subject;
 pub mod test_server;
 
 pub use inprocess::{InProcessBus, InProcessConfig};
+pub use nats::leases;
 pub use nats::{ClientIdentity, ConnectError, NatsAuth, NatsBus, NatsConfig, NatsTls};
 pub use subject::{InvalidFilterError, InvalidSubjectError};
 

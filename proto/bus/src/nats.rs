@@ -26,6 +26,7 @@ use crate::{
 
 mod config;
 mod credentials;
+pub mod leases;
 
 pub use config::{ClientIdentity, ConnectError, NatsAuth, NatsConfig, NatsTls};
 
@@ -107,16 +108,7 @@ impl NatsBus {
                 std::future::ready(())
             })
             .reconnect_delay_callback(move |attempt| reconnect_delay(attempt, seed));
-        // The client bounds each attempt to reach an address, but not the name look-up before it.
-        let longest = config.connect_timeout.saturating_mul(servers.len() as u32);
-        let client = match timeout(longest, options.connect(servers)).await {
-            Ok(Ok(client)) => client,
-            Ok(Err(error)) => return Err(ConnectError::explain(&error, described)),
-            Err(_) => {
-                let reason = format!("no answer within {} ms", longest.as_millis());
-                return Err(ConnectError::Unreachable { servers: described, reason });
-            }
-        };
+        let client = config.connect_with(options).await?;
         tracing::info!(servers = %described, "connected to the broker");
         Ok(Self { client, servers: described, publish_timeout: config.publish_timeout, counters })
     }

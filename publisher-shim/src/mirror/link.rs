@@ -27,15 +27,6 @@ pub(super) struct Link {
     pub(super) at: shard::Place,
 }
 
-/// What a block follows.
-#[derive(Clone, Copy)]
-pub(super) enum Before {
-    /// Nothing: it begins a prompt.
-    Root,
-    /// This block.
-    Block(Link),
-}
-
 // === impl HashEntry ===
 
 impl HashEntry {
@@ -67,22 +58,19 @@ impl Link {
     pub(super) const UNKNOWN: Self =
         Self { key: BlockKey(0), parent: BlockKey(0), at: shard::Place { shard: 0, step: 0 } };
 
-    /// The block of this content that follows `before`.
-    pub(super) fn new(hasher: &KeyHasher, partition: Partition, before: Before, local: LocalHash) -> Self {
-        let root = hasher.root();
-        match before {
-            Before::Root => {
-                let key = hasher.extend(root, local);
-                Self { key, parent: root, at: partition.first(key) }
-            }
-            Before::Block(before) => {
-                let key = hasher.extend(before.key, local);
-                let at = partition.next(before.at, key);
-                // What precedes a segment lies in another shard.
-                let parent = if at.starts_segment() { root } else { before.key };
-                Self { key, parent, at }
-            }
-        }
+    /// What a prompt's first block follows. It stands where a segment ends, so what comes next begins one.
+    pub(super) fn root(hasher: &KeyHasher) -> Self {
+        let end = shard::Place { shard: 0, step: (shard::SEGMENT_BLOCKS - 1) as u8 };
+        Self { key: hasher.root(), parent: hasher.root(), at: end }
+    }
+
+    /// The block of this content that follows this one.
+    pub(super) fn next(self, hasher: &KeyHasher, partition: Partition, local: LocalHash) -> Self {
+        let key = hasher.extend(self.key, local);
+        let at = partition.next(self.at, key);
+        // What precedes a segment lies in another shard.
+        let parent = if at.starts_segment() { hasher.root() } else { self.key };
+        Self { key, parent, at }
     }
 }
 

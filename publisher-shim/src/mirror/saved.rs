@@ -8,7 +8,7 @@ use kvatlas_proto::keys::LocalHash;
 use kvatlas_proto::{BlockKey, KeyHasher, Partition, Tier, shard};
 
 use super::place::{Counts, Place, Removals};
-use super::{HashEntry, Link, Mirror, MirrorLimits, RemovalPolicy, Waiting};
+use super::{HashEntry, LaneOps, Link, Mirror, MirrorLimits, RemovalPolicy, Waiting};
 use crate::event::EngineHash;
 use crate::state::{RestoreStateError, wire};
 
@@ -129,6 +129,7 @@ impl Mirror {
         }
         self.hashes.reserve(saved.hashes.len());
         let mut rest = saved.copies.as_slice();
+        let mut unsaid = LaneOps::new(self.partition);
         for record in saved.hashes.iter() {
             let Some((own, after)) = rest.split_at_checked(usize::from(record.places.to_native())) else {
                 return Err(RestoreStateError::Inconsistent("copies are missing"));
@@ -146,7 +147,11 @@ impl Mirror {
             }
             let link = record.linked.then(|| self.restore_link(record)).transpose()?;
             match link {
-                Some(link) => copies.places().into_iter().for_each(|place| _ = self.hold(link, place)),
+                Some(link) => {
+                    // Nobody has to be told.
+                    copies.places().into_iter().for_each(|place| self.acquire(link, place, &mut unsaid));
+                    unsaid.clear();
+                }
                 None => self.unresolved += 1,
             }
             let hash = EngineHash::from_raw(record.name.to_native());
@@ -171,13 +176,10 @@ impl Mirror {
             parent: BlockKey(saved.parent.to_native()),
             at: shard::Place { shard: saved.shard.to_native(), step: saved.step },
         };
-        let possible = if link.at.starts_segment() {
-            link.at == self.partition.first(key) && link.parent == self.hasher.root()
-        } else {
-            let steps = if self.partition == Partition::WHOLE { 2 } else { shard::SEGMENT_BLOCKS };
-            link.at.shard < self.partition.shards() && u32::from(link.at.step) < steps
-        };
-        if possible {
+        let begins = link.at == self.partition.first(key) && link.parent == self.hasher.root();
+        let steps = if self.partition == Partition::WHOLE { 2 } else { shard::SEGMENT_BLOCKS };
+        let inside = link.at.shard < self.partition.shards() && (1..steps).contains(&link.at.step.into());
+        if begins || inside {
             Ok(link)
         } else {
             Err(RestoreStateError::Inconsistent("a block lies in the wrong shard"))

@@ -21,14 +21,20 @@ const MOST: u64 = 1 << 20;
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 #[allow(clippy::struct_field_names, reason = "the names are those of the settings")]
 pub struct TlsSettings {
+    // Each has an identifier of its own: fields of other groups of settings are called the same.
     /// PEM file with the gRPC port's certificate chain; needs --tls-key-file. Read again when it changes. Default: no TLS.
-    #[arg(long = "tls-cert-file", env = "KVATLAS_TLS_CERT_FILE", value_name = "FILE")]
+    #[arg(id = "tls-cert-file", long = "tls-cert-file", env = "KVATLAS_TLS_CERT_FILE", value_name = "FILE")]
     pub cert_file: Option<PathBuf>,
     /// PEM file with the private key of that certificate.
-    #[arg(long = "tls-key-file", env = "KVATLAS_TLS_KEY_FILE", value_name = "FILE")]
+    #[arg(id = "tls-key-file", long = "tls-key-file", env = "KVATLAS_TLS_KEY_FILE", value_name = "FILE")]
     pub key_file: Option<PathBuf>,
     /// PEM file with the authorities of callers' certificates; callers without one are then refused.
-    #[arg(long = "tls-client-ca-file", env = "KVATLAS_TLS_CLIENT_CA_FILE", value_name = "FILE")]
+    #[arg(
+        id = "tls-client-ca-file",
+        long = "tls-client-ca-file",
+        env = "KVATLAS_TLS_CLIENT_CA_FILE",
+        value_name = "FILE"
+    )]
     pub client_ca_file: Option<PathBuf>,
 }
 
@@ -38,7 +44,7 @@ pub struct TlsSettings {
 pub struct AuthSettings {
     /// TOML file with the callers that are known and what they may ask (docs/security.md). Read again when it changes.
     /// Default: everybody may ask everything.
-    #[arg(long = "auth-file", env = "KVATLAS_AUTH_FILE", value_name = "FILE")]
+    #[arg(id = "auth-file", long = "auth-file", env = "KVATLAS_AUTH_FILE", value_name = "FILE")]
     pub file: Option<PathBuf>,
 }
 

@@ -7,9 +7,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use async_nats::{AuthError, ConnectErrorKind, ConnectOptions, ServerAddr};
+use async_nats::{AuthError, Client, ConnectErrorKind, ConnectOptions, ServerAddr};
+use tokio::time::timeout;
 
-use super::credentials;
+use super::{credentials, describe};
 use crate::DEFAULT_PUBLISH_TIMEOUT;
 
 /// Time between two probes of a broker that says nothing. At the third without an answer the connection ends: a broker that
@@ -173,6 +174,28 @@ impl NatsConfig {
         }
     }
 
+    /// A connection of its own, for what is not bus traffic. Files with secrets are read now. It reconnects like any client of
+    /// the library and ends with its last clone.
+    pub async fn connect_client(&self) -> Result<Client, ConnectError> {
+        self.connect_with(self.options().await?).await
+    }
+
+    /// Connects once, within the time that the configuration allows.
+    pub(super) async fn connect_with(&self, options: ConnectOptions) -> Result<Client, ConnectError> {
+        let servers = self.servers()?;
+        let described = describe(&servers);
+        // The client bounds each attempt to reach an address, but not the name look-up before it.
+        let longest = self.connect_timeout.saturating_mul(servers.len() as u32);
+        match timeout(longest, options.connect(servers)).await {
+            Ok(Ok(client)) => Ok(client),
+            Ok(Err(error)) => Err(ConnectError::explain(&error, described)),
+            Err(_) => {
+                let reason = format!("no answer within {} ms", longest.as_millis());
+                Err(ConnectError::Unreachable { servers: described, reason })
+            }
+        }
+    }
+
     /// The parsed URLs.
     pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, ConnectError> {
         if self.urls.is_empty() || self.urls.len() > MAX_URLS {
@@ -293,7 +316,7 @@ impl fmt::Debug for NatsAuth {
 
 impl ConnectError {
     /// Turns the client's error into what the user can do about it.
-    pub(super) fn explain(error: &async_nats::ConnectError, servers: String) -> Self {
+    fn explain(error: &async_nats::ConnectError, servers: String) -> Self {
         let reason = error.to_string().replace(['\n', '\r'], "; ");
         match error.kind() {
             ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
@@ -383,7 +406,11 @@ mod tests {
     async fn a_missing_file_is_named() {
         let missing = PathBuf::from("/nonexistent/kvatlas");
         let named = |error: ConnectError| error.to_string().contains("/nonexistent/kvatlas");
-        for auth in [NatsAuth::CredentialsFile(missing.clone()), NatsAuth::NkeySeedFile(missing.clone())] {
+        for auth in [
+            NatsAuth::CredentialsFile(missing.clone()),
+            NatsAuth::NkeySeedFile(missing.clone()),
+            NatsAuth::UserPasswordFile { user: "me".to_owned(), password_file: missing.clone() },
+        ] {
             let config = NatsConfig { auth, ..NatsConfig::new(["nats://h"]) };
             assert!(named(config.options().await.unwrap_err()));
         }
