@@ -15,6 +15,9 @@ use super::ClusterError;
 use super::proxy::Proxy;
 use crate::recovery::processes::{Process, free_port, http_get, nats_greets};
 
+/// What a broker of a deployment should be told beyond addresses: that it probes its clients and the other brokers often, so that
+/// one that hangs is not sent messages for minutes.
+const SETTINGS: &str = "ping_interval: \"2s\"\nping_max: 2\ncluster { ping_interval: \"2s\" }\n";
 /// Longest wait for brokers to find each other.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time between two looks meanwhile.
@@ -83,7 +86,11 @@ impl Brokers {
         let node = &self.nodes[number];
         let routes: Vec<String> =
             node.cables.iter().map(|(_, cable)| format!("nats://{}", cable.address())).collect();
+        let settings = self.folder.join(format!("broker-{number}.conf"));
+        std::fs::write(&settings, SETTINGS).map_err(ClusterError::Folder)?;
         let mut arguments: Vec<OsString> = vec![
+            "-c".into(),
+            settings.into(),
             "-a".into(),
             "127.0.0.1".into(),
             "-p".into(),

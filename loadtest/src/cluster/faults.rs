@@ -17,6 +17,8 @@ const AVAILABILITY_GOAL: f64 = 0.999;
 /// How long a broker that hangs can go unnoticed by an index: sources are marked after 3 s of silence. What is claimed until then
 /// is judged by the window and this time.
 const UNNOTICED: Duration = Duration::from_secs(3);
+/// A broker hangs this many times as long as other faults last: longer than its clients take to notice, at full size.
+const HANG_FACTOR: u32 = 3;
 /// A shim is away for at least so long, so that indexes notice it, and all is not well until it is back.
 const NOTICED: Duration = Duration::from_secs(4);
 /// Pause between two restarts in turn: what a supervisor leaves at least.
@@ -149,7 +151,7 @@ impl Fault {
             Self::BrokerFrozen => {
                 gateway.set_window(config.window + UNNOTICED);
                 rig.brokers().set_frozen(2, true).await?;
-                sleep(config.fault_time).await;
+                sleep(config.fault_time * HANG_FACTOR).await;
                 rig.brokers().set_frozen(2, false).await?;
                 Ok(Instant::now())
             }
@@ -200,6 +202,8 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
         let full = rig.wait_full(config.engines, PATIENCE).await?;
         gateway.set_window(config.window);
         gateway.hold_all();
+        // One fault at a time: the next one shall not find a broker that is still alone.
+        rig.brokers().wait_joined().await?;
         sleep(config.watch).await;
         let answers = gateway.take().tally();
         let seconds_to_full = rounded(full.saturating_duration_since(over).as_secs_f64());

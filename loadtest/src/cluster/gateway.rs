@@ -8,8 +8,8 @@
 //! * a question that failed goes to the next server until its [`DEADLINE`]. That is one question, however many tries it took.
 //!
 //! Judged: a claim is wrong if the engine held the block at no time of the window before the answering try was asked, in a row
-//! that the server did not mark as degraded; what it marked is counted apart as `doubtful`. A block is missed if the engine held it
-//! for longer than the window and an answer of coverage 1 does not have it in a row that is not marked. Nothing can be known of
+//! that the server did not mark as doubtful (degraded, gone, or still being found out); what it marked is counted apart. A block is
+//! missed if the engine held it for longer than the window and an answer of coverage 1 has neither it nor a row that is marked. Nothing can be known of
 //! an engine that has no shim: it is [`excused`](Gateway::excuse) until it is verified again.
 
 use std::collections::BTreeSet;
@@ -33,6 +33,7 @@ use super::rig::Server;
 use crate::recovery::clock::Clock;
 use crate::recovery::judge::{Finding, Judge, question};
 use crate::recovery::processes::http_get;
+use crate::recovery::sampler::MAX_WINDOW;
 
 /// Time that a question may take in all.
 pub const DEADLINE: Duration = Duration::from_secs(1);
@@ -88,7 +89,7 @@ pub struct Counts {
     pub retried: u64,
     /// Wrong claims.
     pub false_positives: u64,
-    /// Wrong claims about sources that the answer marked as degraded.
+    /// Wrong claims about sources that the answer marked as doubtful.
     pub doubtful: u64,
     /// Answers that missed something.
     pub missed: u64,
@@ -114,7 +115,7 @@ pub struct Tally {
     pub retried: u64,
     /// Claims beyond what an engine held within the window.
     pub false_positives: u64,
-    /// The same in rows that were marked as degraded.
+    /// The same in rows that were marked as doubtful.
     pub doubtful: u64,
     /// Answers of coverage 1 that missed what an engine had held for longer than the window.
     pub missed: u64,
@@ -145,7 +146,7 @@ impl Gateway {
             turn: AtomicU64::new(0),
             judge,
             clock,
-            window_ms: AtomicU64::new(window.as_millis() as u64),
+            window_ms: AtomicU64::new(window.min(MAX_WINDOW).as_millis() as u64),
             excused: Mutex::default(),
             counts: Mutex::default(),
         });
@@ -174,9 +175,9 @@ impl Gateway {
         Ok(())
     }
 
-    /// The window by which answers are judged from now on.
+    /// The window by which answers are judged from now on, at most [`MAX_WINDOW`].
     pub fn set_window(&self, window: Duration) {
-        self.shared.window_ms.store(window.as_millis() as u64, Ordering::Relaxed);
+        self.shared.window_ms.store(window.min(MAX_WINDOW).as_millis() as u64, Ordering::Relaxed);
     }
 
     /// Nothing can be known of this engine until it is [`Self::hold_all`].
@@ -297,7 +298,10 @@ impl Shared {
                 counts.excused += 1;
                 continue;
             }
-            let is_marked = finding.state == Some(grpc::SourceState::Degraded);
+            let is_marked = match finding.state {
+                Some(grpc::SourceState::Verified | grpc::SourceState::Live) | None => false,
+                Some(_) => true,
+            };
             if is_marked {
                 counts.doubtful += u64::from(finding.is_wrong());
                 continue;

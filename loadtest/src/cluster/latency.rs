@@ -34,8 +34,9 @@ const SUSTAINED_P99: Duration = Duration::from_millis(50);
 const CONNECTIONS: usize = 4;
 /// Deadline of a question: far above what is still sustained.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// Rounds of each measurement, taken in turns, so that what the machine does meanwhile hits all alike.
-const ROUNDS: usize = 3;
+/// Rounds of each measurement, taken in turns, so that what the machine does meanwhile hits all alike. Percentiles are the medians
+/// over the rounds: one round that something else disturbed shall not decide.
+const ROUNDS: usize = 7;
 
 /// What came of the comparison.
 #[derive(Clone, Debug, Serialize)]
@@ -94,7 +95,13 @@ pub struct RateFigures {
     pub p50_us: u64,
     /// 99th percentile.
     pub p99_us: u64,
+    /// The same of each round.
+    pub p99_us_of_rounds: Vec<u64>,
 }
+
+/// The rounds of one measurement.
+#[derive(Default)]
+struct Rounds(Vec<Run>);
 
 struct System {
     stage: Stage,
@@ -152,27 +159,26 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
     let sustained = (cluster.sustained(config.step).await, single.sustained(config.step).await);
     let half = sustained.0 / 2.0;
     let before = cluster.stage.scrapes().await;
-    let (mut at_half, mut own): ([Option<Run>; 3], [Option<Run>; 2]) = Default::default();
-    let mut asked = 0;
+    let (mut at_half, mut own): ([Rounds; 3], [Rounds; 2]) = Default::default();
     for _ in 0..ROUNDS {
-        for (at, system) in [&cluster, &single, &single].into_iter().enumerate() {
-            add(&mut at_half[at], system.ask(half, config.step).await);
+        for (rounds, system) in at_half.iter_mut().zip([&cluster, &single, &single]) {
+            rounds.0.push(system.ask(half, config.step).await);
         }
-        add(&mut own[0], cluster.ask(half, config.step).await);
-        add(&mut own[1], single.ask(sustained.1 / 2.0, config.step).await);
+        own[0].0.push(cluster.ask(half, config.step).await);
+        own[1].0.push(single.ask(sustained.1 / 2.0, config.step).await);
     }
     let after = cluster.stage.scrapes().await;
-    asked += at_half[0].iter().chain(&own[0]).map(|run| run.due).sum::<u64>();
+    let asked = at_half[0].due() + own[0].due();
     let each = |name: &str| {
         let more = System::sum(&after, name) - System::sum(&before, name);
         rounded(more / asked.max(1) as f64)
     };
-    let p99 = |run: &Option<Run>| run.as_ref().map_or(0.0, |run| run.latency_us(0.99) as f64);
+    let p99 = |rounds: &Rounds| rounds.latency_us(0.99) as f64;
     let p99_ratio = rounded(p99(&at_half[0]) / p99(&at_half[1]).max(1.0));
-    let figures = |sustained: f64, half: f64, at_half: &Option<Run>, own: &Option<Run>| SystemFigures {
+    let figures = |sustained: f64, at_half: &Rounds, own: &Rounds| SystemFigures {
         sustained_per_s: rounded(sustained),
-        at_half_of_the_cluster: RateFigures::of(half, at_half),
-        at_half_of_its_own: RateFigures::of(sustained / 2.0, own),
+        at_half_of_the_cluster: at_half.figures(half),
+        at_half_of_its_own: own.figures(sustained / 2.0),
     };
     let details = LatencyDetails {
         cores: std::thread::available_parallelism().map_or(0, Into::into),
@@ -182,8 +188,8 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
         held_share: rounded(conversations.held_share()),
         p99_ratio,
         p99_ratio_control: rounded(p99(&at_half[2]) / p99(&at_half[1]).max(1.0)),
-        cluster: figures(sustained.0, half, &at_half[0], &own[0]),
-        one_server: figures(sustained.1, half, &at_half[1], &own[1]),
+        cluster: figures(sustained.0, &at_half[0], &own[0]),
+        one_server: figures(sustained.1, &at_half[1], &own[1]),
         fan_out: each("kvatlas_cluster_questions_total"),
         question_bytes: each("kvatlas_cluster_question_bytes_total"),
         answer_bytes: each("kvatlas_cluster_answer_bytes_total"),
@@ -196,25 +202,29 @@ pub(super) async fn run(config: &ClusterConfig) -> Result<CaseReport, ClusterErr
     Ok(CaseReport { case: Case::Latency.name(), ok, details: Details::Latency(details) })
 }
 
-fn add(all: &mut Option<Run>, run: Run) {
-    match all {
-        Some(all) => all.add(&run),
-        None => *all = Some(run),
+// === impl Rounds ===
+
+impl Rounds {
+    fn due(&self) -> u64 {
+        self.0.iter().map(|run| run.due).sum()
     }
-}
 
-// === impl RateFigures ===
+    /// The median over the rounds of the time within which this share of the answers came, microseconds.
+    fn latency_us(&self, share: f64) -> u64 {
+        let mut times: Vec<u64> = self.0.iter().map(|run| run.latency_us(share)).collect();
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().unwrap_or(0)
+    }
 
-impl RateFigures {
-    fn of(rate: f64, run: &Option<Run>) -> Self {
-        let (due, answered) = run.as_ref().map_or((0, 0), |run| (run.due, run.answered));
-        let at = |share| run.as_ref().map_or(0, |run| run.latency_us(share));
-        Self {
+    fn figures(&self, rate: f64) -> RateFigures {
+        let answered = self.0.iter().map(|run| run.answered).sum();
+        RateFigures {
             rate_per_s: rounded(rate),
             answered,
-            failed: due - answered,
-            p50_us: at(0.5),
-            p99_us: at(0.99),
+            failed: self.due() - answered,
+            p50_us: self.latency_us(0.5),
+            p99_us: self.latency_us(0.99),
+            p99_us_of_rounds: self.0.iter().map(|run| run.latency_us(0.99)).collect(),
         }
     }
 }

@@ -29,8 +29,6 @@ pub struct Run {
     pub due: u64,
     /// Those that were answered with coverage 1.
     pub answered: u64,
-    /// From the first question's time until the last answer, seconds.
-    pub seconds: f64,
     latency: Histogram<u64>,
 }
 
@@ -46,14 +44,6 @@ impl Run {
     /// Time within which this share of the answers came, microseconds.
     pub fn latency_us(&self, share: f64) -> u64 {
         self.latency.value_at_quantile(share)
-    }
-
-    /// Both together.
-    pub fn add(&mut self, other: &Self) {
-        self.due += other.due;
-        self.answered += other.answered;
-        self.seconds += other.seconds;
-        self.latency.add(&other.latency).expect("both have the same bounds");
     }
 }
 
@@ -105,5 +95,5 @@ pub async fn run(
     }
     let latency = running.latency.lock().clone();
     let answered = running.answered.load(Ordering::Relaxed);
-    Run { due, answered, seconds: began.elapsed().as_secs_f64(), latency }
+    Run { due, answered, latency }
 }

@@ -47,6 +47,41 @@ async fn wait_until_messages_pass(publisher: &NatsBus, subscription: &mut Subscr
     assert_eq!(passed.await.expect("messages pass again").payload, "again");
 }
 
+/// Greets as a broker does, answers the first probe, and then says nothing for ever.
+async fn hang(mut stream: tokio::net::TcpStream) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let info = r#"INFO {"server_id":"x","server_name":"x","version":"2.11.0","go":"","proto":1,"host":"x","port":1,"max_payload":1048576,"headers":true,"client_id":1,"client_ip":"127.0.0.1"}"#;
+    stream.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
+    let mut said = Vec::new();
+    while !said.windows(4).any(|word| word == b"PING") {
+        let mut bytes = [0; 1_024];
+        let read = stream.read(&mut bytes).await.unwrap();
+        assert!(read > 0, "a client says who it is");
+        said.extend(&bytes[..read]);
+    }
+    stream.write_all(b"PONG\r\n").await.unwrap();
+    sleep(PATIENCE * 2).await;
+}
+
+#[tokio::test]
+async fn a_broker_that_hangs_is_left_and_a_connection_tried_again() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    let (came, mut connections) = tokio::sync::mpsc::channel(8);
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(hang(stream));
+            let _ = came.try_send(());
+        }
+    });
+    let _bus = NatsBus::connect(NatsConfig::new([url])).await.unwrap();
+    for connection in 1..=2 {
+        let came = timeout(PATIENCE, connections.recv()).await;
+        assert_eq!(came, Ok(Some(())), "connection {connection}");
+    }
+}
+
 #[tokio::test]
 async fn subscriptions_work_again_after_the_broker_restarted() {
     let Some(mut server) = NatsServer::start() else { return };

@@ -13,6 +13,9 @@ use tokio::time::timeout;
 use super::{credentials, describe};
 use crate::DEFAULT_PUBLISH_TIMEOUT;
 
+/// Time between two probes of a broker that says nothing. At the third without an answer the connection ends: a broker that
+/// hangs, or a host that is gone without a word, is left within seconds and not within the client's three minutes.
+const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Most brokers to start from; the client learns the others of a cluster by itself.
 const MAX_URLS: usize = 64;
 
@@ -231,6 +234,7 @@ impl NatsConfig {
         let mut options = options
             .name(&self.client_name)
             .connection_timeout(self.connect_timeout)
+            .ping_interval(PING_INTERVAL)
             // A channel cannot hold zero messages; one is the nearest thing that works.
             .subscription_capacity(self.subscription_messages.max(1))
             .client_capacity(self.client_messages.max(1))
