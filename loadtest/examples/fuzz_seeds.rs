@@ -9,8 +9,8 @@ use std::{env, fs};
 use bytes::Bytes;
 use kvatlas_loadtest::check;
 use kvatlas_loadtest::kvrec::{RecordKind, Recording};
-use kvatlas_proto::InstanceId;
 use kvatlas_proto::sealed::PREAMBLE_BYTES;
+use kvatlas_proto::{InstanceId, Partition};
 use kvatlas_shim::source::{Source, SourceConfig};
 
 /// Largest seed, bytes: short inputs are mutated faster.
@@ -19,8 +19,11 @@ const SEED_BYTES: usize = 4_096;
 const PAYLOADS_EACH: usize = 2;
 /// Messages after which the state is saved as a seed.
 const STATE_MESSAGES: usize = 1;
-/// The source's settings: block size from the engine, removals per copy, no replay, default bounds.
-const SETTINGS: u8 = 0;
+/// The source's settings: block size from the engine, removals per copy, no replay, default bounds; the key space in one piece,
+/// and cut.
+const SETTINGS: [(&str, u8); 2] = [("whole", 0), ("cut", 16)];
+/// Shards where the state of a cut key space is wanted, as in the target.
+const SHARDS: u32 = 3;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let paths: Vec<PathBuf> = env::args_os().skip(1).map(PathBuf::from).collect();
@@ -43,17 +46,18 @@ fn write_seeds(recording: &Recording, name: &str, out: &Path) -> Result<(), Box<
         .filter_map(|record| record.message().map(|message| message.payload))
         .filter(|payload| payload.len() <= SEED_BYTES)
         .collect();
-    let mut whole = source(None)?;
+    let mut whole = source(None, 1)?;
     // Two pages of most recorded engines make one of its blocks.
-    let mut paged = source(Some(32))?;
-    let mut steps = vec![SETTINGS];
+    let mut paged = source(Some(32), 1)?;
+    let mut cut = source(None, SHARDS)?;
+    let mut steps = Vec::new();
     let mut lengths = BTreeSet::new();
     for (seq, payload) in payloads.into_iter().enumerate() {
         // Messages of one length have one shape nearly always.
         if lengths.len() < PAYLOADS_EACH && lengths.insert(payload.len()) {
             fs::write(out.join("decode").join(format!("{name}-{seq}")), payload)?;
         }
-        if steps.len() + payload.len() + 3 > SEED_BYTES {
+        if steps.len() + payload.len() + 4 > SEED_BYTES {
             break;
         }
         steps.push(0);
@@ -61,22 +65,26 @@ fn write_seeds(recording: &Recording, name: &str, out: &Path) -> Result<(), Box<
         steps.extend_from_slice(payload);
         whole.live(seq as u64, payload, false);
         paged.live(seq as u64, payload, false);
+        cut.live(seq as u64, payload, false);
         if seq == STATE_MESSAGES {
-            for (kind, source) in [("blocks", &whole), ("pages", &paged)] {
+            for (kind, source) in [("blocks", &whole), ("pages", &paged), ("cut", &cut)] {
                 if let Some(state) = source.save()? {
                     fs::write(out.join("state").join(format!("{name}-{kind}")), &state[PREAMBLE_BYTES..])?;
                 }
             }
         }
     }
-    fs::write(out.join("source").join(name), &steps)?;
-    for frame in whole.take_frames(2, false)? {
-        fs::write(out.join("frame").join(name), &frame[PREAMBLE_BYTES..])?;
+    for (kind, settings) in SETTINGS {
+        fs::write(out.join("source").join(format!("{name}-{kind}")), [&[settings], &steps[..]].concat())?;
+    }
+    for outgoing in whole.take_frames(2, false)? {
+        fs::write(out.join("frame").join(name), &outgoing.frame[PREAMBLE_BYTES..])?;
     }
     Ok(())
 }
 
-fn source(block_size: Option<u32>) -> Result<Source, Box<dyn Error>> {
-    let config = SourceConfig { block_size, ..SourceConfig::new("m", InstanceId::new("a:1")?) };
+fn source(block_size: Option<u32>, shards: u32) -> Result<Source, Box<dyn Error>> {
+    let partition = Partition::new(shards)?;
+    let config = SourceConfig { block_size, partition, ..SourceConfig::new("m", InstanceId::new("a:1")?) };
     Ok(Source::new(config, 1)?)
 }

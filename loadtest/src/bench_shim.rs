@@ -140,7 +140,7 @@ impl ShimBench {
         self.unflushed = 0;
         if self.source.has_frames() {
             let frames = self.source.take_frames(self.next_seq, false)?;
-            work.frame_bytes += frames.iter().map(|frame| frame.len() as u64).sum::<u64>();
+            work.frame_bytes += frames.iter().map(|outgoing| outgoing.frame.len() as u64).sum::<u64>();
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use kvatlas_index::{IndexServer, IndexServerConfig, RunningIndexServer, StartErr
 use kvatlas_proto::grpc;
 use kvatlas_proto::ids::InvalidInstanceError;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
+use kvatlas_proto::{DpRank, InstanceId, KeyHasher, Partition};
 use kvatlas_shim::mirror::MirrorLimits;
 use kvatlas_shim::shim::{EndpointConfig, Progress, Shim, ShimConfig, StartShimError};
 use kvatlas_shim::zmq::Attach;
@@ -267,6 +267,7 @@ impl Rig {
                 block_size: None,
                 removal: expectation.removal,
                 hasher: KeyHasher::default(),
+                partition: Partition::WHOLE,
                 limits: MirrorLimits::default(),
                 subjects: subjects.clone(),
             };

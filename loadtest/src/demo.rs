@@ -16,7 +16,7 @@ use kvatlas_index::{IndexServer, IndexServerConfig, RunningIndexServer, StartErr
 use kvatlas_proto::grpc;
 use kvatlas_proto::ids::InvalidInstanceError;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{InstanceId, KeyHasher};
+use kvatlas_proto::{InstanceId, KeyHasher, Partition};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Shim, ShimConfig, StartShimError};
 use kvatlas_shim::zmq::Attach;
@@ -315,6 +315,7 @@ fn shim_config(
         block_size: None,
         removal: RemovalPolicy::PerCopy,
         hasher: KeyHasher::default(),
+        partition: Partition::WHOLE,
         limits: MirrorLimits::default(),
         subjects: subjects.clone(),
     })

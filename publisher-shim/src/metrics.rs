@@ -93,11 +93,12 @@ const COUNTERS: [(&str, &str, Read); 22] = [
 ];
 
 /// Name, help and value of every gauge with one value per source.
-const GAUGES: [(&str, &str, Read); 6] = [
+const GAUGES: [(&str, &str, Read); 7] = [
     ("kvatlas_shim_connected", "1 while the engine's event socket is connected", |p| {
         u64::from(p.connection.up)
     }),
     ("kvatlas_shim_blocks", "Blocks the source holds, over all tiers and groups", |p| p.blocks),
+    ("kvatlas_shim_shards", "Virtual shards that the source publishes in", |p| u64::from(p.shards)),
     ("kvatlas_shim_unproved", "1 while saved blocks wait for the engine to confirm them", |p| {
         u64::from(p.unproved)
     }),
@@ -125,10 +126,11 @@ const REQUESTS: [(&str, Read); 3] =
     [("frames", |p| p.requests.frames), ("state", |p| p.requests.state), ("hello", |p| p.requests.hello)];
 
 /// Why requests are not answered.
-const REFUSALS: [(&str, Read); 3] = [
+const REFUSALS: [(&str, Read); 4] = [
     ("malformed", |p| p.requests.malformed),
     ("overflow", |p| p.requests.overflow),
     ("other_epoch", |p| p.requests.other_epoch),
+    ("other_shards", |p| p.requests.other_shards),
 ];
 
 // === impl ShimCollector ===

@@ -13,6 +13,8 @@
 //!   visible when they arrive. Until then it under-reports.
 //! * **A removed hash is remembered for a while** (a *ghost*): a child may still be stored under it, and an offload
 //!   tier may announce it without tokens.
+//! * **Every block lies in one virtual shard**, which follows from how deep in its chain it is and from its segment's first
+//!   key. What precedes a segment lies in another shard, so a segment's first block is said to follow the root.
 //!
 //! Pure: no clock, no socket. Deliberately absent: sequences and epochs (see [`crate::source`]).
 
@@ -21,18 +23,24 @@ use std::collections::VecDeque;
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
-use kvatlas_proto::frame::{FrameOwner, MAX_FRAME_OWNERS, OpBuffer};
+use kvatlas_proto::frame::{FrameOwner, MAX_FRAME_OWNERS};
 use kvatlas_proto::keys::{KeyVariant, LocalHash};
 use kvatlas_proto::scope::MAX_BLOCK_SIZE;
-use kvatlas_proto::{BlockKey, CacheGroup, Digest, ExtraKey, GroupKind, KeyHasher, Tier};
+use kvatlas_proto::{CacheGroup, Digest, ExtraKey, GroupKind, KeyHasher, Partition, ShardId, Tier};
 use smallvec::SmallVec;
 
 mod classify;
 mod differences;
+mod lanes;
+mod link;
 mod place;
 mod saved;
 
+pub use lanes::LaneOps;
+
 use classify::{canonical_medium, classify_group, classify_medium, extra_key, unlisted_lora};
+use lanes::{KeyEntry, Lane};
+use link::{Before, HashEntry, Link};
 use place::{Counts, Place, Removals};
 
 use crate::event::{Batch, EngineHash, Event, ExtraValue, Removed, Stored};
@@ -94,13 +102,17 @@ pub struct MirrorCounts {
 /// What one engine rank holds.
 pub struct Mirror {
     hasher: KeyHasher,
+    partition: Partition,
     limits: MirrorLimits,
     removal: RemovalPolicy,
     block_size: Option<u32>,
     variant: KeyVariant,
     places: Vec<Place>,
     hashes: HashMap<EngineHash, HashEntry, FixedState>,
-    keys: HashMap<BlockKey, KeyEntry, FixedState>,
+    /// What is held, by shard.
+    lanes: Vec<Lane>,
+    /// Visible blocks over all owners and shards.
+    visible: u64,
     /// Why a hash has no key yet, where its tokens are known: its parent has none either.
     waiting: HashMap<EngineHash, Waiting, FixedState>,
     /// Parent hash -> hashes in `waiting` that need it.
@@ -111,27 +123,6 @@ pub struct Mirror {
     /// Latest time that was told, nanoseconds.
     now_ns: u64,
     counts: MirrorCounts,
-}
-
-struct HashEntry {
-    /// `None` while unresolved.
-    link: Option<Link>,
-    copies: Counts,
-    /// Names this entry's latest turn in the ghost queue; 0 while held.
-    ghost_stamp: u32,
-}
-
-/// Where a hash's block lies in its chain.
-#[derive(Clone, Copy)]
-struct Link {
-    key: BlockKey,
-    parent: BlockKey,
-}
-
-struct KeyEntry {
-    parent: BlockKey,
-    /// Engine hashes of this key that are held, per place. Nearly always one.
-    holders: Counts,
 }
 
 struct Waiting {
@@ -154,19 +145,22 @@ impl Mirror {
     /// An empty mirror. `block_size` fixes the scope's block size; `None` takes the first one that the engine says.
     pub fn new(
         hasher: KeyHasher,
+        partition: Partition,
         limits: MirrorLimits,
         removal: RemovalPolicy,
         block_size: Option<u32>,
     ) -> Self {
         Self {
             hasher,
+            partition,
             limits,
             removal,
             block_size,
             variant: KeyVariant::default(),
             places: Vec::new(),
             hashes: HashMap::default(),
-            keys: HashMap::default(),
+            lanes: partition.all().map(|_| Lane::default()).collect(),
+            visible: 0,
             waiting: HashMap::default(),
             waiters: HashMap::default(),
             unresolved: 0,
@@ -192,14 +186,20 @@ impl Mirror {
         self.places.iter().map(|place| place.owner.clone()).collect()
     }
 
-    /// What each owner holds visibly, by the same numbers. Kept up to date with every change, so asking costs nothing.
-    pub fn digests(&self) -> Vec<Digest> {
-        self.places.iter().map(|place| place.digest).collect()
+    /// How the key space is cut.
+    pub fn partition(&self) -> Partition {
+        self.partition
     }
 
-    /// Visible blocks over all owners.
+    /// What each owner holds visibly in a shard, by the same numbers. Kept up to date with every change, so asking costs
+    /// nothing.
+    pub fn digests(&self, shard: ShardId) -> &[Digest] {
+        &self.lanes[usize::from(shard.number())].digests
+    }
+
+    /// Visible blocks over all owners and shards.
     pub fn visible_blocks(&self) -> u64 {
-        self.places.iter().map(|place| place.digest.count).sum()
+        self.visible
     }
 
     /// Hashes whose key is not known yet.
@@ -213,7 +213,7 @@ impl Mirror {
     }
 
     /// Applies a decoded message and appends what became visible or invisible to `ops`.
-    pub fn apply(&mut self, batch: &Batch, ops: &mut OpBuffer) {
+    pub fn apply(&mut self, batch: &Batch, ops: &mut LaneOps) {
         for event in &batch.events {
             match event {
                 Event::Stored(stored) => self.store(batch, stored, ops),
@@ -227,17 +227,20 @@ impl Mirror {
     ///
     /// The event carries no medium, so every tier is cleared: after a reset of the GPU alone this under-reports
     /// the others, which is the safe side.
-    pub fn clear(&mut self, ops: &mut OpBuffer) {
+    pub fn clear(&mut self, ops: &mut LaneOps) {
         self.counts.cleared += 1;
-        for (number, place) in self.places.iter_mut().enumerate() {
-            if !place.digest.is_empty() {
-                ops.cleared(number as u8);
-                place.digest = Digest::default();
+        for (shard, lane) in self.lanes.iter_mut().enumerate() {
+            for (number, digest) in lane.digests.iter_mut().enumerate() {
+                if !digest.is_empty() {
+                    ops.cleared(shard as u16, number as u8);
+                    *digest = Digest::default();
+                }
             }
+            lane.keys.clear();
         }
-        self.keys.clear();
+        self.visible = 0;
         // A hash whose tokens nobody ever said, or whose parent is not known, carries no knowledge once it is gone.
-        self.hashes.retain(|_, entry| entry.link.is_some());
+        self.hashes.retain(|_, entry| entry.is_linked());
         self.unresolved = 0;
         self.waiting.clear();
         self.waiters.clear();
@@ -258,11 +261,11 @@ impl Mirror {
         *self = Self {
             counts: self.counts,
             now_ns: self.now_ns,
-            ..Self::new(self.hasher, self.limits, self.removal, self.block_size)
+            ..Self::new(self.hasher, self.partition, self.limits, self.removal, self.block_size)
         };
     }
 
-    fn store(&mut self, batch: &Batch, event: &Stored, ops: &mut OpBuffer) {
+    fn store(&mut self, batch: &Batch, event: &Stored, ops: &mut LaneOps) {
         let hashes = batch.hashes(&event.hashes);
         self.counts.stored += hashes.len() as u64;
         let Some(place) = self.place(batch.text(&event.medium), event.remote, event.group) else {
@@ -273,9 +276,9 @@ impl Mirror {
         self.learn_chunk(hashes.len(), place);
         let positional = self.is_positional(batch, event, place);
         let mut parent_hash = event.parent;
-        let mut parent_key = match event.parent {
-            None => Some(self.hasher.root()),
-            Some(hash) => self.hashes.get(&hash).and_then(|entry| entry.link).map(|link| link.key),
+        let mut before = match event.parent {
+            None => Some(Before::Root),
+            Some(hash) => self.link_of(hash).map(Before::Block),
         };
         let lora = unlisted_lora(batch, event);
         let mut extras = batch.extras(event.extras.as_ref().unwrap_or(&(0..0))).iter().peekable();
@@ -286,7 +289,7 @@ impl Mirror {
                 self.learn_offsets(batch, event, index, &extra.value);
                 keys.push(extra_key(batch, event, &extra.value));
             }
-            let mut link = self.hashes.get(&hash).and_then(|entry| entry.link);
+            let mut link = self.link_of(hash);
             if link.is_none() && positional {
                 let size = event.block_size as usize;
                 let salt = batch.text(&event.cache_salt);
@@ -299,12 +302,12 @@ impl Mirror {
                     keys.push(ExtraKey::Lookahead(lookahead));
                 }
                 let local = self.hasher.local(&batch.tokens(&event.tokens)[index * size..][..size], &keys);
-                link = self.derive(hash, parent_hash, parent_key, local);
+                link = self.derive(hash, parent_hash, before, local);
             }
             self.add_copy(hash, link, place, ops);
             self.postpone(hash, place, ops);
             parent_hash = Some(hash);
-            parent_key = link.map(|link| link.key);
+            before = link.map(Before::Block);
         }
     }
 
@@ -340,13 +343,13 @@ impl Mirror {
         &mut self,
         hash: EngineHash,
         parent_hash: Option<EngineHash>,
-        parent_key: Option<BlockKey>,
+        before: Option<Before>,
         local: LocalHash,
     ) -> Option<Link> {
-        if let Some(parent) = parent_key {
-            return Some(Link { key: self.hasher.extend(parent, local), parent });
+        if let Some(before) = before {
+            return Some(Link::new(&self.hasher, self.partition, before, local));
         }
-        let parent = parent_hash.expect("a block without parent hash has the root as parent key");
+        let parent = parent_hash.expect("a block without parent hash follows the root");
         if self.waiting.len() < self.limits.unresolved && !self.waiting.contains_key(&hash) {
             self.waiting.insert(hash, Waiting { parent, local });
             self.waiters.entry(parent).or_default().push(hash);
@@ -354,14 +357,18 @@ impl Mirror {
         None
     }
 
-    fn add_copy(&mut self, hash: EngineHash, link: Option<Link>, place: u8, ops: &mut OpBuffer) {
+    fn link_of(&self, hash: EngineHash) -> Option<Link> {
+        self.hashes.get(&hash).and_then(HashEntry::link)
+    }
+
+    fn add_copy(&mut self, hash: EngineHash, link: Option<Link>, place: u8, ops: &mut LaneOps) {
         let tracked = self.hashes.len();
         match self.hashes.entry(hash) {
             Entry::Occupied(mut entry) => {
                 let entry = entry.get_mut();
                 entry.ghost_stamp = 0;
                 let first = entry.copies.add(place);
-                match (entry.link, link) {
+                match (entry.link(), link) {
                     (None, Some(link)) => self.connect(hash, link, ops),
                     (Some(link), _) if first => self.acquire(link, place, ops),
                     _ => {}
@@ -377,10 +384,10 @@ impl Mirror {
                 }
                 let mut copies = Counts::default();
                 copies.add(place);
-                entry.insert(HashEntry { link, copies, ghost_stamp: 0 });
+                entry.insert(HashEntry::new(link, copies));
                 if let Some(link) = link {
                     self.acquire(link, place, ops);
-                    self.wake_waiters(hash, link.key, ops);
+                    self.wake_waiters(hash, link, ops);
                 } else {
                     self.unresolved += 1;
                     self.counts.unresolved += 1;
@@ -390,9 +397,9 @@ impl Mirror {
     }
 
     /// An unresolved hash gets its key: everything held under it becomes visible, and so do those that wait for it.
-    fn connect(&mut self, hash: EngineHash, link: Link, ops: &mut OpBuffer) {
+    fn connect(&mut self, hash: EngineHash, link: Link, ops: &mut LaneOps) {
         let Some(entry) = self.hashes.get_mut(&hash) else { return };
-        entry.link = Some(link);
+        entry.set_link(link);
         let held = entry.copies.places();
         self.unresolved -= 1;
         self.counts.linked += 1;
@@ -400,28 +407,28 @@ impl Mirror {
         for place in held {
             self.acquire(link, place, ops);
         }
-        self.wake_waiters(hash, link.key, ops);
+        self.wake_waiters(hash, link, ops);
     }
 
-    fn wake_waiters(&mut self, hash: EngineHash, key: BlockKey, ops: &mut OpBuffer) {
+    fn wake_waiters(&mut self, hash: EngineHash, link: Link, ops: &mut LaneOps) {
         if self.waiters.is_empty() {
             return;
         }
         // A work list, not recursion: a whole prompt may have waited for its first block.
-        let mut ready: Vec<(EngineHash, BlockKey)> = vec![(hash, key)];
+        let mut ready: Vec<(EngineHash, Link)> = vec![(hash, link)];
         while let Some((parent_hash, parent)) = ready.pop() {
             for child in self.waiters.remove(&parent_hash).into_iter().flatten() {
                 let Some(waiting) = self.waiting.remove(&child) else { continue };
-                let link = Link { key: self.hasher.extend(parent, waiting.local), parent };
+                let link = Link::new(&self.hasher, self.partition, Before::Block(parent), waiting.local);
                 if let Some(entry) = self.hashes.get_mut(&child) {
-                    entry.link = Some(link);
+                    entry.set_link(link);
                     let held = entry.copies.places();
                     self.unresolved -= 1;
                     self.counts.linked += 1;
                     for place in held {
                         self.acquire(link, place, ops);
                     }
-                    ready.push((child, link.key));
+                    ready.push((child, link));
                 }
             }
         }
@@ -437,7 +444,7 @@ impl Mirror {
         }
     }
 
-    fn remove(&mut self, batch: &Batch, event: &Removed, ops: &mut OpBuffer) {
+    fn remove(&mut self, batch: &Batch, event: &Removed, ops: &mut LaneOps) {
         let hashes = batch.hashes(&event.hashes);
         self.counts.removed += hashes.len() as u64;
         let Some(place) = self.place(batch.text(&event.medium), event.remote, event.group) else {
@@ -456,9 +463,9 @@ impl Mirror {
                 (Some(copies), _) => entry.copies.set(place, *copies),
                 (None, RemovalPolicy::PerCopy) => entry.copies.take(place),
             };
-            let (link, gone) = (entry.link, entry.copies.is_empty());
+            let (link, gone) = (entry.link(), entry.copies.is_empty());
             if let (true, Some(link)) = (last, link) {
-                self.release(link.key, place, ops);
+                self.release(link, place, ops);
             }
             if gone {
                 self.bury(hash);
@@ -467,7 +474,7 @@ impl Mirror {
     }
 
     /// Tells the time and drops what has expired.
-    pub fn expire(&mut self, now_ns: u64, ops: &mut OpBuffer) {
+    pub fn expire(&mut self, now_ns: u64, ops: &mut LaneOps) {
         self.now_ns = self.now_ns.max(now_ns);
         for number in 0..self.places.len() {
             while let Some(hash) = self.places[number].next_expired(self.now_ns) {
@@ -477,7 +484,7 @@ impl Mirror {
     }
 
     /// A medium that never announces removals took a hash in (again): it counts for another while.
-    fn postpone(&mut self, hash: EngineHash, place: u8, ops: &mut OpBuffer) {
+    fn postpone(&mut self, hash: EngineHash, place: u8, ops: &mut LaneOps) {
         let deadline = self.now_ns.saturating_add(self.limits.store_only_ttl_ns);
         let Removals::NeverSeen { deadlines, queue } = &mut self.places[usize::from(place)].removals else {
             return;
@@ -495,15 +502,15 @@ impl Mirror {
         }
     }
 
-    fn drop_expired(&mut self, hash: EngineHash, place: u8, ops: &mut OpBuffer) {
+    fn drop_expired(&mut self, hash: EngineHash, place: u8, ops: &mut LaneOps) {
         let Some(entry) = self.hashes.get_mut(&hash).filter(|entry| entry.copies.get(place) > 0) else {
             return;
         };
         self.counts.expired += 1;
         entry.copies.take_all(place);
-        let (link, gone) = (entry.link, entry.copies.is_empty());
+        let (link, gone) = (entry.link(), entry.copies.is_empty());
         if let Some(link) = link {
-            self.release(link.key, place, ops);
+            self.release(link, place, ops);
         }
         if gone {
             self.bury(hash);
@@ -511,24 +518,36 @@ impl Mirror {
     }
 
     /// One more hash of this key is held in `place`.
-    fn acquire(&mut self, link: Link, place: u8, ops: &mut OpBuffer) {
-        let entry = self
-            .keys
-            .entry(link.key)
-            .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
-        if entry.holders.add(place) {
-            self.places[usize::from(place)].digest.add(link.key);
-            ops.stored(place, link.parent, link.key);
+    fn acquire(&mut self, link: Link, place: u8, ops: &mut LaneOps) {
+        if self.hold(link, place) {
+            ops.stored(link.at.shard, place, link.parent, link.key);
         }
     }
 
-    fn release(&mut self, key: BlockKey, place: u8, ops: &mut OpBuffer) {
-        let Some(entry) = self.keys.get_mut(&key) else { return };
+    /// The same without a word. Says whether it is the first.
+    fn hold(&mut self, link: Link, place: u8) -> bool {
+        let lane = &mut self.lanes[usize::from(link.at.shard)];
+        let entry = lane
+            .keys
+            .entry(link.key)
+            .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
+        let first = entry.holders.add(place);
+        if first {
+            lane.digests[usize::from(place)].add(link.key);
+            self.visible += 1;
+        }
+        first
+    }
+
+    fn release(&mut self, link: Link, place: u8, ops: &mut LaneOps) {
+        let lane = &mut self.lanes[usize::from(link.at.shard)];
+        let Some(entry) = lane.keys.get_mut(&link.key) else { return };
         if entry.holders.take(place) {
-            self.places[usize::from(place)].digest.remove(key);
-            ops.removed(place, key);
+            lane.digests[usize::from(place)].remove(link.key);
+            self.visible -= 1;
+            ops.removed(link.at.shard, place, link.key);
             if entry.holders.is_empty() {
-                self.keys.remove(&key);
+                lane.keys.remove(&link.key);
             }
         }
     }
@@ -544,7 +563,7 @@ impl Mirror {
             let Some((oldest, stamp)) = self.ghosts.pop_front() else { return };
             // Held again since, or buried again later: this turn in the queue is void.
             if self.hashes.get(&oldest).is_some_and(|entry| entry.ghost_stamp == stamp) {
-                if self.hashes.remove(&oldest).is_some_and(|entry| entry.link.is_none()) {
+                if self.hashes.remove(&oldest).is_some_and(|entry| !entry.is_linked()) {
                     self.unresolved -= 1;
                 }
                 self.stop_waiting(oldest);
@@ -582,8 +601,13 @@ impl Mirror {
         } else {
             Removals::NeverSeen { deadlines: HashMap::default(), queue: VecDeque::new() }
         };
-        self.places.push(Place { owner, remote, chunk: 0, digest: Digest::default(), removals });
-        Some((self.places.len() - 1) as u8)
+        Some(self.add_place(Place { owner, remote, chunk: 0, removals }))
+    }
+
+    fn add_place(&mut self, place: Place) -> u8 {
+        self.places.push(place);
+        self.lanes.iter_mut().for_each(|lane| lane.digests.push(Digest::default()));
+        (self.places.len() - 1) as u8
     }
 
     /// vLLM's offloading connector loads whole chunks, and announces all blocks of a chunk in one event. So a host tier

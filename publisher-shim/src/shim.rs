@@ -19,7 +19,7 @@ use kvatlas_bus::Bus;
 use kvatlas_proto::frame::SourceHealth;
 use kvatlas_proto::scope::InvalidScopeError;
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, SourceId};
+use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Partition, SourceId};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -89,6 +89,8 @@ pub struct ShimConfig {
     pub removal: RemovalPolicy,
     /// How keys are computed.
     pub hasher: KeyHasher,
+    /// How the key space is cut: the same in every process of the deployment.
+    pub partition: Partition,
     /// Bounds of each mirror.
     pub limits: MirrorLimits,
     /// Subjects of the deployment.
@@ -123,8 +125,10 @@ pub struct Progress {
     pub overflow: u64,
     /// Messages dropped because their frames are not `[topic, sequence, payload]`.
     pub bad_frames: u64,
-    /// Epoch and the sequence that the next frame will have.
+    /// Epoch and the sequence that the next frame of the first shard will have.
     pub position: (Epoch, FrameSeq),
+    /// Virtual shards that the source publishes in.
+    pub shards: u16,
     /// Changes that were applied but not published yet.
     pub pending: bool,
     /// Frames handed to the bus.
@@ -225,6 +229,7 @@ impl Shim {
             rank: endpoint.rank,
             block_size: config.block_size,
             hasher: config.hasher,
+            partition: config.partition,
             removal: config.removal,
             limits: config.limits,
             publish: PublishLimits::default(),
@@ -308,7 +313,8 @@ impl Progress {
             handled: 0,
             overflow: 0,
             bad_frames: 0,
-            position: source.position(),
+            position: source.position(source.partition().shard(0)),
+            shards: source.partition().shards(),
             pending: source.has_frames(),
             frames: 0,
             frame_bytes: 0,

@@ -40,29 +40,36 @@
 //! mirror, and every heartbeat says the mirror's digests once more. Whenever that cannot be promised a new epoch begins.
 //! Frames that were published are kept for a while to be sent again, and the mirror itself can be told to anybody who asks
 //! ([`Source::answer`]), so nobody needs the whole history to be right again.
+//!
+//! All this holds in each virtual shard by itself, in a *lane*: sequence, digests, frames that are kept, and answers are the
+//! lane's, and only the epoch is common. So who follows some of the shards needs nothing from the others.
 
 use bytes::Bytes;
-use kvatlas_proto::frame::{OpBuffer, SourceHealth};
+use kvatlas_proto::frame::SourceHealth;
 use kvatlas_proto::keys::KEY_VERSION;
 use kvatlas_proto::scope::InvalidScopeError;
-use kvatlas_proto::{Digest, DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Scope, SourceId, Tier};
+use kvatlas_proto::{
+    DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Partition, Scope, ShardId, SourceId, Tier,
+};
 
 use crate::adapter::{self, Adapter, DecodeError, vllm};
 use crate::event::{Batch, Event};
-use crate::mirror::{Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
+use crate::mirror::{LaneOps, Mirror, MirrorCounts, MirrorLimits, RemovalPolicy};
 use crate::repage::Repager;
 
 mod history;
+mod lanes;
 mod publish;
 mod saved;
 mod sent;
 
+pub use lanes::{IDLE_HEARTBEAT_BEATS, MIN_SENT_BYTES, MIN_SENT_FRAMES, Outgoing};
 pub use publish::{FRAME_OPS_BYTES, PublishLimits};
 pub use saved::StateMark;
 pub use sent::{ANSWER_FRAMES, SENT_BYTES, SENT_FRAMES};
 
 use history::History;
-use sent::Sent;
+use lanes::Lane;
 
 /// What identifies and bounds a source.
 #[derive(Clone, Debug)]
@@ -83,6 +90,8 @@ pub struct SourceConfig {
     pub block_size: Option<u32>,
     /// How keys are computed.
     pub hasher: KeyHasher,
+    /// How the key space is cut: the same in every process of the deployment.
+    pub partition: Partition,
     /// What a removal says about copies.
     pub removal: RemovalPolicy,
     /// Bounds of the mirror.
@@ -101,7 +110,8 @@ pub struct Source {
     /// Present where the scope's block size is configured: the engine's may differ.
     repager: Option<Repager>,
     batch: Batch,
-    ops: OpBuffer,
+    /// Changes that are not published yet.
+    ops: LaneOps,
     /// Sequence of the last message applied.
     last: Option<u64>,
     history: History,
@@ -113,12 +123,16 @@ pub struct Source {
     rank: DpRank,
     scope: Option<Scope>,
     epoch: Epoch,
-    next_frame: FrameSeq,
-    /// What the mirror held before the operations in `ops`, by owner; owners beyond its end held nothing.
-    base: Vec<Digest>,
-    /// The next frame starts a new epoch.
+    /// The epoch's number was given to frames. Before the first ones the source has no name and no past.
+    named: bool,
+    /// The next frames start a new epoch.
     new_epoch: bool,
-    sent: Sent,
+    /// By shard.
+    lanes: Vec<Lane>,
+    /// Bounds of what is kept of each lane.
+    lane_limits: PublishLimits,
+    /// Number of the next heartbeat.
+    beat: u64,
     engine_time_ns: u64,
     counts: SourceCounts,
 }
@@ -171,6 +185,7 @@ impl SourceConfig {
             rank: None,
             block_size: None,
             hasher: KeyHasher::default(),
+            partition: Partition::WHOLE,
             removal: RemovalPolicy::default(),
             limits: MirrorLimits::default(),
             publish: PublishLimits::default(),
@@ -197,12 +212,13 @@ impl Source {
     pub fn new(config: SourceConfig, now_ns: u64) -> Result<Self, InvalidScopeError> {
         // Checks model and tenant now, whatever block size the engine will say.
         Scope::new(&*config.model, &*config.tenant, config.block_size.unwrap_or(1), KEY_VERSION)?;
-        let mirror = Mirror::new(config.hasher, config.limits, config.removal, config.block_size);
+        let partition = config.partition;
+        let mirror = Mirror::new(config.hasher, partition, config.limits, config.removal, config.block_size);
         let mut source = Self {
             mirror,
             repager: config.block_size.map(Repager::new),
             batch: Batch::default(),
-            ops: OpBuffer::default(),
+            ops: LaneOps::new(partition),
             last: None,
             history: History::default(),
             suspect: false,
@@ -211,10 +227,11 @@ impl Source {
             rank: config.rank.unwrap_or_default(),
             scope: None,
             epoch: Epoch(now_ns),
-            next_frame: FrameSeq(0),
-            base: Vec::new(),
+            named: false,
             new_epoch: true,
-            sent: Sent::default(),
+            lanes: partition.all().map(|_| Lane::new()).collect(),
+            lane_limits: config.publish.of_lane(partition),
+            beat: 0,
             engine_time_ns: 0,
             counts: SourceCounts::default(),
             adapter: config.adapter,
@@ -240,9 +257,19 @@ impl Source {
         self.last
     }
 
-    /// Current epoch and the sequence that the next frame will have.
-    pub fn position(&self) -> (Epoch, FrameSeq) {
-        (self.epoch, self.next_frame)
+    /// How the key space is cut.
+    pub fn partition(&self) -> Partition {
+        self.config.partition
+    }
+
+    /// The current epoch, common to all shards.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Current epoch and the sequence that the next frame of a shard will have.
+    pub fn position(&self, shard: ShardId) -> (Epoch, FrameSeq) {
+        (self.epoch, self.lane(shard).next())
     }
 
     /// What the source knows about its own truth.
@@ -391,7 +418,7 @@ impl Source {
         self.mirror.reset();
         self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
-        self.base.clear();
+        self.lanes.iter_mut().for_each(Lane::held_nothing);
         self.last = None;
         self.unproved = false;
         self.history.clear();
@@ -405,7 +432,7 @@ impl Source {
         self.mirror.clear(&mut self.ops);
         self.repager.iter_mut().for_each(Repager::reset);
         self.ops.clear();
-        self.base.clear();
+        self.lanes.iter_mut().for_each(Lane::held_nothing);
         self.health = SourceHealth::EventsLost;
         self.new_epoch = true;
     }
@@ -467,7 +494,7 @@ impl Source {
         let Some(said) = self.batch.rank.map(DpRank) else { return };
         if said != self.rank {
             // Before the first frame the source has no name yet, so the engine may still give it.
-            if self.config.rank.is_none() && self.next_frame == FrameSeq(0) {
+            if self.config.rank.is_none() && !self.named {
                 self.rank = said;
             } else {
                 self.counts.rank_mismatch += 1;

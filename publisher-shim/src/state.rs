@@ -6,8 +6,8 @@
 //! the file ([`crate::source::Source::restore`]); until then the source publishes nothing. What was written for another engine,
 //! model, key seed or setting that changes keys is refused by name.
 //!
-//! Scope, owners, digests, epoch and health are kept as the heartbeat that would say them: one layout, one place that checks
-//! it. Keys, holders and digests are worked out anew and compared with that heartbeat.
+//! Scope, owners, digests, epoch and health are kept as the heartbeats that would say them, one per virtual shard: one layout,
+//! one place that checks it. Keys, holders and digests are worked out anew and compared with those heartbeats.
 
 use kvatlas_proto::KeyHasher;
 use kvatlas_proto::frame::{EncodeFrameError, ParseFrameError};
@@ -18,7 +18,7 @@ use crate::mirror::RemovalPolicy;
 use crate::source::SourceConfig;
 
 /// Version of the layout. A file of another version is refused; the source then starts cold.
-pub const STATE_VERSION: u16 = 1;
+pub const STATE_VERSION: u16 = 2;
 const SEAL: Seal = Seal { what: "a shim's state", magic: *b"KVAS", version: STATE_VERSION };
 /// Bytes of the preamble that mean nothing yet, and that its checksum does not cover.
 const RESERVED: std::ops::Range<usize> = 6..8;
@@ -26,7 +26,7 @@ const RESERVED: std::ops::Range<usize> = 6..8;
 /// The state could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveStateError {
-    /// The heartbeat in it could not be encoded.
+    /// A heartbeat in it could not be encoded.
     #[error(transparent)]
     Frame(#[from] EncodeFrameError),
     /// The archive could not be written.
@@ -46,8 +46,8 @@ pub enum RestoreStateError {
     /// The body is not a valid archive.
     #[error("the state's archive is not valid: {0}")]
     Archive(rkyv::rancor::Error),
-    /// The heartbeat in it is not valid.
-    #[error("the state's heartbeat is not valid: {0}")]
+    /// A heartbeat in it is not valid.
+    #[error("a heartbeat of the state is not valid: {0}")]
     Frame(#[from] ParseFrameError),
     /// It is of something else.
     #[error("the state was written for another {what}")]
@@ -78,8 +78,8 @@ pub(crate) mod wire {
         pub identity: Identity,
         /// Adapter's name; empty while not recognised.
         pub adapter: String,
-        /// A heartbeat at the moment of writing, as a frame.
-        pub heartbeat: Vec<u8>,
+        /// The heartbeats at the moment of writing, as frames, by shard.
+        pub heartbeats: Vec<Vec<u8>>,
         /// Sequence of the last engine message applied.
         pub last: Option<u64>,
         /// Fingerprints of the messages applied last, newest first.
@@ -99,6 +99,8 @@ pub(crate) mod wire {
         pub per_copy: bool,
         pub block_size: Option<u32>,
         pub store_only_ttl_ns: u64,
+        /// How many virtual shards the key space is cut into.
+        pub shards: u16,
     }
 
     #[derive(Archive, Serialize, Deserialize)]
@@ -138,10 +140,13 @@ pub(crate) mod wire {
     #[derive(Archive, Serialize, Deserialize)]
     pub struct Hash {
         pub name: u128,
-        /// Key and parent are known.
+        /// Key, parent and place are known.
         pub linked: bool,
         pub key: u64,
         pub parent: u64,
+        pub shard: u16,
+        /// Blocks of its segment that come before it.
+        pub step: u8,
         /// Number of its entries in `copies`.
         pub places: u16,
     }
@@ -239,6 +244,7 @@ pub(crate) fn identity(config: &SourceConfig) -> wire::Identity {
         per_copy: config.removal == RemovalPolicy::PerCopy,
         block_size: config.block_size,
         store_only_ttl_ns: config.limits.store_only_ttl_ns,
+        shards: config.partition.shards(),
     }
 }
 
@@ -253,6 +259,7 @@ fn differs(saved: &wire::ArchivedIdentity, now: &wire::Identity) -> Option<&'sta
         ("key seed", saved.seed == now.seed),
         ("removal policy", saved.per_copy == now.per_copy),
         ("block size", block_size == now.block_size),
+        ("number of shards", saved.shards == now.shards),
         ("lifetime on media that announce no removals", saved.store_only_ttl_ns == now.store_only_ttl_ns),
     ]
     .into_iter()

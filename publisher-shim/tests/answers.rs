@@ -5,17 +5,22 @@ mod common;
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use common::engine::{BLOCK, Engine, Step, any_step};
+use common::engine::{BLOCK, Engine, Step, any_partition, any_step};
 use common::{Reader, StoredEvent, batch, batch_at, removed};
 use kvatlas_proto::digest::Buckets;
 use kvatlas_proto::frame::{Change, FramePart, FrameView};
 use kvatlas_proto::request::{OwnerBuckets, Request, RequestId, Want};
-use kvatlas_proto::{CacheGroup, Digest, Epoch, FrameSeq, InstanceId, Tier};
+use kvatlas_proto::{CacheGroup, Digest, Epoch, FrameSeq, InstanceId, Partition, ShardId, Tier};
 use kvatlas_shim::source::{ANSWER_FRAMES, SENT_FRAMES, Source, SourceConfig};
 use proptest::prelude::*;
 
 fn source() -> Source {
+    cut(Partition::WHOLE)
+}
+
+fn cut(partition: Partition) -> Source {
     let config = SourceConfig {
+        partition,
         block_size: Some(BLOCK as u32),
         ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
@@ -38,7 +43,20 @@ fn block(n: u64) -> StoredEvent {
 }
 
 fn request(source: &Source, want: Want) -> Request {
-    Request { id: RequestId(7), epoch: source.position().0, want }
+    about(ShardId::WHOLE, source, want)
+}
+
+fn about(shard: ShardId, source: &Source, want: Want) -> Request {
+    Request { id: RequestId(7), epoch: source.epoch(), shard, want }
+}
+
+/// What the source publishes now.
+fn published(source: &mut Source, now_ns: u64, heartbeat: bool) -> Vec<Bytes> {
+    common::frames(source.take_frames(now_ns, heartbeat).unwrap())
+}
+
+fn digests(source: &Source) -> &[Digest] {
+    source.mirror().digests(ShardId::WHOLE)
 }
 
 fn frames(first: u64, last: u64) -> Want {
@@ -62,16 +80,16 @@ fn keys_told(answer: &[Bytes]) -> usize {
 fn an_epoch_begins_with_what_was_held_before_its_first_change() {
     let (mut source, mut reader) = (source(), Reader::default());
     source.live(0, &batch(vec![block(0).map()]), false);
-    let first = source.take_frames(2, false).unwrap();
+    let first = published(&mut source, 2, false);
     let start = FrameView::parse(&first[0]).unwrap();
     assert_eq!((start.header().part, start.header().seq), (FramePart::Start, FrameSeq(0)));
     assert_eq!(start.header().digests, [Digest::default()]);
-    first.iter().for_each(|frame| reader.read(frame));
+    first.iter().for_each(|frame| reader.read_again(frame));
     // Another epoch of the same mirror: who holds what it began with needs nothing.
     source.new_epoch();
     source.live(1, &batch(vec![block(1).map()]), false);
     reader.follow(&mut source, 3, false);
-    assert_eq!((reader.held.values().map(BTreeSet::len).sum::<usize>(), reader.repairs), (2, 0));
+    assert_eq!((reader.blocks(), reader.repairs), (2, 0));
 }
 
 #[test]
@@ -79,10 +97,10 @@ fn a_heartbeat_comes_last_and_says_the_digests_also_while_the_source_is_busy() {
     let mut source = source();
     for seq in 0..3 {
         source.live(seq, &batch_at(seq as f64, vec![block(seq).map()]), false);
-        let frames = source.take_frames(seq + 2, true).unwrap();
+        let frames = published(&mut source, seq + 2, true);
         let (last, before) = frames.split_last().unwrap();
         let last = FrameView::parse(last).unwrap();
-        assert_eq!(last.header().digests, source.mirror().digests());
+        assert_eq!(last.header().digests, digests(&source));
         assert_eq!((last.header().part, last.ops().count()), (FramePart::Live, 0));
         let changes = |frame: &Bytes| FrameView::parse(frame).unwrap().ops().count();
         assert_eq!(before.iter().map(changes).sum::<usize>(), 1);
@@ -101,7 +119,7 @@ fn frames_are_sent_again_as_they_were() {
     let (mut source, mut sent) = (source(), Vec::new());
     for seq in 0..20 {
         source.live(seq, &batch_at(seq as f64, vec![block(seq).map()]), false);
-        sent.extend(source.take_frames(seq + 2, seq % 2 == 0).unwrap());
+        sent.extend(published(&mut source, seq + 2, seq % 2 == 0));
     }
     let ranges = vec![(FrameSeq(20), FrameSeq(21)), (FrameSeq(3), FrameSeq(5))];
     let answer = source.answer(&request(&source, Want::Frames(ranges))).unwrap();
@@ -115,7 +133,7 @@ fn frames_that_are_not_kept_any_more_are_said_to_be_gone() {
     for now in 0..SENT_FRAMES as u64 + 10 {
         source.take_frames(now + 2, true).unwrap();
     }
-    let next = source.position().1.0;
+    let next = source.position(ShardId::WHOLE).1.0;
     let oldest = next - SENT_FRAMES as u64;
     let answer = source.answer(&request(&source, frames(oldest - 3, oldest + 1))).unwrap();
     let seqs: Vec<u64> = answer.iter().map(|frame| FrameView::parse(frame).unwrap().header().seq.0).collect();
@@ -131,26 +149,28 @@ fn frames_that_are_not_kept_any_more_are_said_to_be_gone() {
 }
 
 #[test]
-fn a_request_about_another_epoch_or_before_everything_is_published_has_no_answer() {
+fn a_request_about_another_epoch_or_partition_or_before_everything_is_published_has_no_answer() {
     let (mut source, reader) = filled(10);
     let now = request(&source, frames(0, 0));
     assert_eq!(source.answer(&now).unwrap().len(), 1);
+    let elsewhere = Request { shard: ShardId::new(0, 2).unwrap(), ..now.clone() };
+    assert!(source.answer(&elsewhere).unwrap().is_empty());
     let other = Request { epoch: Epoch(now.epoch.0 + 1), ..now.clone() };
     assert!(source.answer(&other).unwrap().is_empty());
     source.live(1, &batch_at(9.0, vec![block(99).map()]), false);
-    assert!(source.answer(&reader.request(1)).unwrap().is_empty());
+    assert!(source.answer(&reader.lanes[0].request(1)).unwrap().is_empty());
     source.take_frames(3, false).unwrap();
-    assert_eq!(source.answer(&reader.request(1)).unwrap().len(), 1);
+    assert_eq!(source.answer(&reader.lanes[0].request(1)).unwrap().len(), 1);
 }
 
 #[test]
 fn who_has_everything_gets_one_empty_frame_that_says_so() {
     let (source, reader) = filled(5_000);
-    let answer = source.answer(&reader.request(3)).unwrap();
+    let answer = source.answer(&reader.lanes[0].request(3)).unwrap();
     let view = FrameView::parse(&answer[0]).unwrap();
     assert_eq!((answer.len(), view.ops().count()), (1, 0));
-    assert_eq!(view.header().digests, source.mirror().digests());
-    assert_eq!(view.header().seq.0 + 1, source.position().1.0);
+    assert_eq!(view.header().digests, digests(&source));
+    assert_eq!(view.header().seq.0 + 1, source.position(ShardId::WHOLE).1.0);
 }
 
 #[test]
@@ -159,9 +179,9 @@ fn what_is_told_follows_the_drift_and_not_the_mirror() {
     let owner = ("GPU".to_owned(), 0);
     for drift in [1, 10, 100] {
         let mut stale = reader.clone();
-        let keys: Vec<u64> = stale.held[&owner].iter().copied().step_by(50_000 / drift).collect();
+        let keys: Vec<u64> = stale.lanes[0].held[&owner].iter().copied().step_by(50_000 / drift).collect();
         for (number, key) in keys.iter().enumerate() {
-            let held = stale.held.get_mut(&owner).unwrap();
+            let held = stale.lanes[0].held.get_mut(&owner).unwrap();
             // Half of it is missing, half of it should not be there.
             if number % 2 == 0 {
                 held.remove(key)
@@ -169,11 +189,11 @@ fn what_is_told_follows_the_drift_and_not_the_mirror() {
                 held.insert(!key)
             };
         }
-        let answer = source.answer(&stale.request(1)).unwrap();
+        let answer = source.answer(&stale.lanes[0].request(1)).unwrap();
         let told = keys_told(&answer);
         assert!(told <= drift * 4 * 64, "{told} keys for {drift} that differ");
-        stale.repair(&answer);
-        assert_eq!(stale.held, reader.held);
+        stale.repair(0, &answer);
+        assert_eq!(stale.held(), reader.held());
     }
 }
 
@@ -196,7 +216,7 @@ fn who_has_nothing_or_cuts_far_too_coarsely_gets_everything_in_runs() {
     let hashes: Vec<u64> = (1..=10_000).collect();
     source.live(10, &batch_at(9.0, vec![removed(&hashes, Some("GPU"), None)]), false);
     source.take_frames(9, false).unwrap();
-    let answer = source.answer(&reader.request(1)).unwrap();
+    let answer = source.answer(&reader.lanes[0].request(1)).unwrap();
     let changes: Vec<_> =
         FrameView::parse(&answer[0]).unwrap().ops().map(|op| format!("{:?}", op.change)).collect();
     assert_eq!((answer.len(), changes), (1, vec!["Cleared".to_owned()]));
@@ -224,36 +244,40 @@ fn any_ask() -> impl Strategy<Value = Ask> {
     ]
 }
 
-/// Makes a reader that missed frames right again in one way.
-fn ask(reader: &mut Reader, source: &Source, ask: Ask) {
-    let (epoch, next) = source.position();
-    if let Ask::StateAfterDamage(seed) = ask {
-        reader.damage(seed);
-    }
+/// Makes a reader that missed frames of a shard right again in one way.
+fn ask(reader: &mut Reader, source: &Source, shard: ShardId, ask: Ask) {
+    let (epoch, next) = source.position(shard);
+    let number = usize::from(shard.number());
     match ask {
         Ask::Wait => {}
         Ask::Frames => {
-            if reader.epoch != epoch.0 {
-                (reader.epoch, reader.next, reader.stale) = (epoch.0, 0, false);
+            let lane = &mut reader.lanes[number];
+            if lane.epoch != epoch.0 {
+                (lane.epoch, lane.next, lane.stale) = (epoch.0, 0, false);
             }
-            let missing = frames(reader.next, next.0);
-            let answer = source.answer(&request(source, missing)).unwrap();
-            answer.iter().for_each(|frame| reader.read(frame));
-            assert_eq!(reader.next, next.0);
-            if reader.stale {
-                reader.repair(&source.answer(&reader.request(1)).unwrap());
+            let missing = frames(lane.next, next.0);
+            let answer = source.answer(&about(shard, source, missing)).unwrap();
+            answer.iter().for_each(|frame| reader.read_again(frame));
+            assert_eq!(reader.lanes[number].next, next.0);
+            if reader.lanes[number].stale {
+                let request = reader.lanes[number].request(1);
+                reader.repair(number, &source.answer(&request).unwrap());
             }
         }
         Ask::State | Ask::StateAfterDamage(_) => {
-            (reader.epoch, reader.next) = (epoch.0, next.0);
-            reader.repair(&source.answer(&reader.request(2)).unwrap());
+            let lane = &mut reader.lanes[number];
+            (lane.epoch, lane.next) = (epoch.0, next.0);
+            let request = lane.request(2);
+            reader.repair(number, &source.answer(&request).unwrap());
         }
     }
 }
 
-fn run(steps: &[(Step, u8, Ask)]) -> Result<(), TestCaseError> {
-    let (mut engine, mut source, mut reader) = (Engine::new(), source(), Reader::default());
-    let mut behind = false;
+fn run((partition, lead): (Partition, usize), steps: &[(Step, u8, Ask)]) -> Result<(), TestCaseError> {
+    let (mut engine, mut source) = (Engine::deep(lead), cut(partition));
+    let mut reader = Reader::new(partition);
+    // By shard: something was missed.
+    let mut behind = vec![false; reader.lanes.len()];
     for (number, (step, lost, way)) in steps.iter().enumerate() {
         if matches!(step, Step::NewEpoch) {
             source.new_epoch();
@@ -263,24 +287,36 @@ fn run(steps: &[(Step, u8, Ask)]) -> Result<(), TestCaseError> {
             source.live(engine.seq, &batch_at(engine.time, vec![event]), false);
             engine.seq += 1;
         }
-        for (bit, frame) in source.take_frames(number as u64 + 1, number % 4 == 0).unwrap().iter().enumerate()
-        {
-            behind |= lost >> bit.min(7) & 1 == 1;
-            if !behind {
-                reader.read(frame);
-                behind = reader.stale;
+        let frames = source.take_frames(number as u64 + 1, number % 4 == 0).unwrap();
+        for (bit, outgoing) in frames.iter().enumerate() {
+            let lane = usize::from(outgoing.shard.number());
+            behind[lane] |= lost >> bit.min(7) & 1 == 1;
+            if !behind[lane] {
+                reader.read(outgoing);
+                behind[lane] = reader.lanes[lane].stale;
             }
         }
-        if behind || matches!(way, Ask::StateAfterDamage(_)) {
-            ask(&mut reader, &source, *way);
-            behind &= matches!(way, Ask::Wait);
+        let damaged = matches!(way, Ask::StateAfterDamage(_));
+        if let Ask::StateAfterDamage(seed) = way {
+            reader.damage(*seed);
         }
-        if !behind {
-            prop_assert_eq!(&reader.held, &engine.truth());
-            for (owner, digest) in source.mirror().owners().iter().zip(source.mirror().digests()) {
-                let name = (owner.medium.clone(), owner.group.0);
-                let count = reader.held.get(&name).map_or(0, BTreeSet::len);
-                prop_assert_eq!(digest.count, count as u64);
+        for (shard, behind) in partition.all().zip(&mut behind) {
+            if *behind || damaged {
+                ask(&mut reader, &source, shard, *way);
+                *behind &= matches!(way, Ask::Wait);
+            }
+        }
+        if !behind.contains(&true) {
+            prop_assert_eq!(&reader.held(), &engine.truth());
+            engine.check_places(partition, &reader);
+            for lane in &reader.lanes {
+                for (owner, digest) in
+                    source.mirror().owners().iter().zip(source.mirror().digests(lane.shard))
+                {
+                    let name = (owner.medium.clone(), owner.group.0);
+                    let count = lane.held.get(&name).map_or(0, BTreeSet::len);
+                    prop_assert_eq!(digest.count, count as u64);
+                }
             }
         }
     }
@@ -292,8 +328,9 @@ proptest! {
 
     #[test]
     fn whatever_is_lost_and_however_it_is_asked_for_the_reader_ends_with_what_the_engine_holds(
+        cut in any_partition(),
         steps in proptest::collection::vec((any_step(), prop_oneof![2 => Just(0u8), 1 => any::<u8>()], any_ask()), 1..60)
     ) {
-        run(&steps)?;
+        run(cut, &steps)?;
     }
 }

@@ -54,7 +54,7 @@ fn a_window_of_no_tokens_does_not_unlearn_the_window() {
         source.live(seq, &batch_at(seq as f64, vec![event.map()]), false);
     }
     let frames = source.take_frames(2, true).unwrap();
-    let view = FrameView::parse(&frames[0]).expect("a window without tokens would be refused");
+    let view = FrameView::parse(&frames[0].frame).expect("a window without tokens would be refused");
     let window = GroupKind::SlidingWindow { window_tokens: 8, block_tokens: 4 };
     assert_eq!(view.header().owners[0].kind, window);
 }
@@ -69,7 +69,7 @@ fn a_medium_whose_name_is_cut_stays_one_owner() {
     reader.follow(&mut source, 2, true);
     assert_eq!((source.mirror().owners().len(), source.mirror().visible_blocks()), (1, 1));
     assert_eq!(source.mirror_counts().unknown_removals, 0);
-    assert_eq!(reader.held.values().map(std::collections::BTreeSet::len).sum::<usize>(), 1);
+    assert_eq!(reader.blocks(), 1);
 }
 
 #[test]

@@ -2,15 +2,16 @@
 
 mod common;
 
-use common::engine::{BLOCK, Engine, Step, any_step};
+use common::engine::{BLOCK, Engine, Step, any_partition, any_step};
 use common::{Reader, batch_at};
-use kvatlas_proto::InstanceId;
 use kvatlas_proto::frame::SourceHealth;
+use kvatlas_proto::{InstanceId, Partition};
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 use proptest::prelude::*;
 
-fn source() -> Source {
+fn source(partition: Partition) -> Source {
     let config = SourceConfig {
+        partition,
         block_size: Some(BLOCK as u32),
         ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     };
@@ -26,8 +27,9 @@ struct Rig {
 }
 
 impl Rig {
-    fn new() -> Self {
-        Self { engine: Engine::new(), source: source(), reader: Reader::default(), now: 1 }
+    fn new(partition: Partition, lead: usize) -> Self {
+        let (source, reader) = (source(partition), Reader::new(partition));
+        Self { engine: Engine::deep(lead), source, reader, now: 1 }
     }
 
     /// Performs a step; its message is lost or arrives. Says whether the reader can know of everything before.
@@ -55,11 +57,11 @@ impl Rig {
     fn claims_too_much(&self) -> bool {
         let truth = self.engine.truth();
         let held = |owner| truth.get(owner).cloned().unwrap_or_default();
-        !self.reader.held.iter().all(|(owner, keys)| keys.is_subset(&held(owner)))
+        !self.reader.held().iter().all(|(owner, keys)| keys.is_subset(&held(owner)))
     }
 
     fn blocks(&self) -> usize {
-        self.reader.held.values().map(std::collections::BTreeSet::len).sum()
+        self.reader.blocks()
     }
 }
 
@@ -68,9 +70,10 @@ proptest! {
 
     #[test]
     fn whatever_is_lost_no_more_is_claimed_than_the_engine_holds(
-        steps in proptest::collection::vec((any_step(), prop::bool::weighted(0.1)), 1..80)
+        (partition, lead) in any_partition(),
+        steps in proptest::collection::vec((any_step(), prop::bool::weighted(0.1)), 1..80),
     ) {
-        let mut rig = Rig::new();
+        let mut rig = Rig::new(partition, lead);
         for (number, (step, lost)) in steps.iter().enumerate() {
             // A loss shows with the next message that arrives.
             if rig.step(step, *lost) {
@@ -82,7 +85,7 @@ proptest! {
 
 #[test]
 fn what_the_engine_stores_again_counts_again_and_a_reset_makes_the_source_exact() {
-    let mut rig = Rig::new();
+    let mut rig = Rig::new(Partition::WHOLE, 0);
     rig.step(&Step::Compute { prompt: 0, blocks: 6 }, false);
     rig.step(&Step::Compute { prompt: 3, blocks: 6 }, true);
     // Prompt 2 shares its first two blocks with prompt 0; the engine does not store these again.
@@ -94,5 +97,5 @@ fn what_the_engine_stores_again_counts_again_and_a_reset_makes_the_source_exact(
     assert_eq!(rig.blocks(), 5);
     rig.step(&Step::Clear, false);
     rig.step(&Step::Compute { prompt: 0, blocks: 6 }, false);
-    assert_eq!((rig.reader.held.clone(), rig.source.health()), (rig.engine.truth(), SourceHealth::Exact));
+    assert_eq!((rig.reader.held(), rig.source.health()), (rig.engine.truth(), SourceHealth::Exact));
 }

@@ -5,9 +5,9 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use common::{Reader, StoredEvent, batch_at, cleared, map, removed};
+use common::{Reader, StoredEvent, batch_at, cleared, map, removed, shards};
 use kvatlas_proto::keys::{KeyVariant, MultimodalItem, PromptExtras};
-use kvatlas_proto::{InstanceId, KeyHasher};
+use kvatlas_proto::{InstanceId, KeyHasher, Partition};
 use kvatlas_shim::source::{Source, SourceConfig};
 use proptest::prelude::*;
 use rmpv::Value;
@@ -18,21 +18,23 @@ const PROMPTS: u32 = 3;
 /// Tokens of each prompt; not a multiple of every page size.
 const TOKENS: u32 = 21;
 
-fn config() -> SourceConfig {
+fn config(partition: Partition) -> SourceConfig {
     SourceConfig {
+        partition,
         block_size: Some(SCOPE_BLOCK),
         has_replay: true,
         ..SourceConfig::new("m", InstanceId::new("a:1").unwrap())
     }
 }
 
-fn source() -> Source {
-    Source::new(config(), 1).unwrap()
+fn source(partition: Partition) -> Source {
+    Source::new(config(partition), 1).unwrap()
 }
 
 /// The shim is restarted; the engine shows that it still lives the same life.
 fn restarted(source: &Source, last: (u64, &[u8])) -> Source {
-    let mut restored = Source::restore(config(), &source.save().unwrap().unwrap(), 1).unwrap();
+    let mut restored =
+        Source::restore(config(source.partition()), &source.save().unwrap().unwrap(), 1).unwrap();
     restored.connected();
     restored.replayed(0, &[(last.0, Bytes::copy_from_slice(last.1))]);
     assert!(!restored.is_unproved() && restored.counts().restarts == 0);
@@ -91,8 +93,8 @@ fn truth(held: &BTreeMap<(usize, u64), u32>, size: u32) -> BTreeMap<(String, u16
     truth
 }
 
-fn run(size: u32, steps: &[Step]) -> Result<(), TestCaseError> {
-    let (mut source, mut reader) = (source(), Reader::default());
+fn run(partition: Partition, size: u32, steps: &[Step]) -> Result<(), TestCaseError> {
+    let (mut source, mut reader) = (source(partition), Reader::new(partition));
     let (mut held, mut seq) = (BTreeMap::<(usize, u64), u32>::new(), 0);
     let pages_of_prompt = TOKENS / size;
     for step in steps {
@@ -143,9 +145,8 @@ fn run(size: u32, steps: &[Step]) -> Result<(), TestCaseError> {
         }
         seq += 1;
         reader.follow(&mut source, seq, true);
-        let without_chunks: BTreeMap<_, _> = reader.held.clone();
         prop_assert_eq!(
-            without_chunks,
+            reader.held(),
             truth(&held, size),
             "pages of {} tokens, after {:?} of {:#?}",
             size,
@@ -161,16 +162,16 @@ proptest! {
 
     #[test]
     fn a_block_is_held_while_all_its_pages_are(
-        size in prop_oneof![Just(1u32), Just(2)], steps in proptest::collection::vec(any_step(), 1..50),
+        number in 1..6u32, size in prop_oneof![Just(1u32), Just(2)], steps in proptest::collection::vec(any_step(), 1..50),
     ) {
-        run(size, &steps)?;
+        run(shards(number), size, &steps)?;
     }
 
     #[test]
     fn an_engine_block_holds_all_the_scope_blocks_in_it(
-        size in prop_oneof![Just(4u32), Just(8), Just(12)], steps in proptest::collection::vec(any_step(), 1..50),
+        number in 1..6u32, size in prop_oneof![Just(4u32), Just(8), Just(12)], steps in proptest::collection::vec(any_step(), 1..50),
     ) {
-        run(size, &steps)?;
+        run(shards(number), size, &steps)?;
     }
 }
 
@@ -196,10 +197,10 @@ fn with_extras(size: u32) -> (Vec<u64>, u64) {
         ("lora_name", "adapter".into()),
         ("extra_keys", Value::Array(extras.collect())),
     ]);
-    let (mut source, mut reader) = (source(), Reader::default());
+    let (mut source, mut reader) = (source(Partition::WHOLE), Reader::default());
     source.live(0, &batch_at(1e9, vec![event]), false);
     reader.follow(&mut source, 2, true);
-    (reader.held.into_values().flatten().collect(), source.untracked_pages())
+    (reader.held().into_values().flatten().collect(), source.untracked_pages())
 }
 
 #[test]

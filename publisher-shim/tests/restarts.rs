@@ -3,10 +3,10 @@
 mod common;
 
 use bytes::Bytes;
-use common::engine::{BLOCK, Engine, Step, any_step};
-use common::{Reader, StoredEvent, batch_at};
+use common::engine::{BLOCK, Engine, Step, any_partition, any_step};
+use common::{Reader, StoredEvent, batch_at, shards};
 use kvatlas_proto::sealed::PREAMBLE_BYTES;
-use kvatlas_proto::{DpRank, InstanceId, KeyHasher, KeySeed};
+use kvatlas_proto::{DpRank, InstanceId, KeyHasher, KeySeed, Partition};
 use kvatlas_shim::adapter::adapter;
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Live, Source, SourceConfig};
@@ -50,11 +50,6 @@ fn saved(source: &Source) -> Vec<u8> {
     source.save().unwrap().unwrap()
 }
 
-/// Blocks that a reader believes in.
-fn blocks(reader: &Reader) -> usize {
-    reader.held.values().map(std::collections::BTreeSet::len).sum()
-}
-
 #[test]
 fn what_was_saved_counts_for_nothing_until_the_replay_shows_the_same_life() {
     let (all, mut reader) = (messages(0, 8), Reader::default());
@@ -62,15 +57,15 @@ fn what_was_saved_counts_for_nothing_until_the_replay_shows_the_same_life() {
     let mut restored = Source::restore(config(), &saved(&source), 20).unwrap();
     assert!(restored.is_unproved() && restored.save().unwrap().is_none());
     assert!(restored.take_frames(21, true).unwrap().is_empty());
-    let mut request = reader.request(1);
-    request.epoch = restored.position().0;
+    let mut request = reader.lanes[0].request(1);
+    request.epoch = restored.epoch();
     assert!(restored.answer(&request).unwrap().is_empty());
     assert_eq!(restored.connected(), Some(0));
     restored.replayed(0, &all[3..]);
     assert!(!restored.is_unproved());
     // Who has what was published before needs no transfer: the new epoch begins where the old one ended.
     reader.follow(&mut restored, 22, true);
-    assert_eq!((blocks(&reader), reader.repairs, restored.counts().restarts), (8, 0, 0));
+    assert_eq!((reader.blocks(), reader.repairs, restored.counts().restarts), (8, 0, 0));
 }
 
 #[test]
@@ -82,7 +77,7 @@ fn an_engine_that_restarted_while_the_shim_was_down_inherits_nothing() {
         restored.connected();
         restored.replayed(0, &replay);
         reader.follow(&mut restored, 21, true);
-        assert_eq!((blocks(&reader), restored.counts().restarts), (replay.len(), 1));
+        assert_eq!((reader.blocks(), restored.counts().restarts), (replay.len(), 1));
     }
 }
 
@@ -94,7 +89,7 @@ fn a_replay_that_no_longer_reaches_back_proves_nothing() {
     restored.connected();
     restored.replayed(0, &all[6..]);
     reader.follow(&mut restored, 21, true);
-    assert_eq!((blocks(&reader), reader.health.as_str()), (0, "events_lost"));
+    assert_eq!((reader.blocks(), reader.health.as_str()), (0, "events_lost"));
 }
 
 #[test]
@@ -107,7 +102,7 @@ fn an_engine_that_does_not_answer_proves_nothing() {
     assert_eq!(restored.live(*seq, payload, false), Live::Replay { from: 0 });
     assert_eq!(restored.live(*seq, payload, true), Live::Done);
     reader.follow(&mut restored, 21, true);
-    assert_eq!((blocks(&reader), reader.health.as_str()), (0, "events_lost"));
+    assert_eq!((reader.blocks(), reader.health.as_str()), (0, "events_lost"));
 }
 
 #[test]
@@ -117,7 +112,7 @@ fn without_a_replay_socket_only_the_epoch_is_taken_over() {
     let without = SourceConfig { has_replay: false, block_size: None, ..config() };
     let restored = Source::restore(without, &saved(&source), 0).unwrap();
     assert_eq!((restored.mirror().visible_blocks(), restored.last_engine_seq()), (0, None));
-    assert!(restored.position().0 > source.position().0);
+    assert!(restored.epoch() > source.epoch());
 }
 
 #[test]
@@ -126,7 +121,7 @@ fn the_epoch_is_newer_whatever_the_clock_says() {
     let source = played(config(), &messages(0, 5), &mut reader);
     for now in [0, 20] {
         let restored = Source::restore(config(), &saved(&source), now).unwrap();
-        assert!(restored.position().0 > source.position().0);
+        assert!(restored.epoch() > source.epoch());
     }
 }
 
@@ -148,6 +143,7 @@ fn what_was_written_for_another_source_or_other_settings_is_refused_by_name() {
         ("key seed", SourceConfig { hasher: KeyHasher::new(KeySeed::secret(1)), ..config() }),
         ("removal policy", SourceConfig { removal: RemovalPolicy::LastCopy, ..config() }),
         ("block size", SourceConfig { block_size: Some(4), ..config() }),
+        ("number of shards", SourceConfig { partition: shards(2), ..config() }),
         ("lifetime on media that announce no removals", SourceConfig { limits, ..config() }),
         ("rank", SourceConfig { rank: Some(DpRank(3)), ..config() }),
         ("adapter", SourceConfig { adapter: adapter("sglang"), ..config() }),
@@ -218,9 +214,13 @@ impl Sent {
     }
 }
 
-fn run(buffer: usize, steps: &[(Step, Event)]) -> Result<(), TestCaseError> {
-    let config = || SourceConfig { block_size: Some(BLOCK as u32), ..config() };
-    let (mut engine, mut reader) = (Engine::new(), Reader::default());
+fn run(
+    (partition, lead): (Partition, usize),
+    buffer: usize,
+    steps: &[(Step, Event)],
+) -> Result<(), TestCaseError> {
+    let config = || SourceConfig { block_size: Some(BLOCK as u32), partition, ..config() };
+    let (mut engine, mut reader) = (Engine::deep(lead), Reader::new(partition));
     let mut source = Source::new(config(), 1).unwrap();
     // The saved state with the life and the messages that it had seen.
     let (mut sent, mut saved) = (Sent { buffer, messages: Vec::new() }, None);
@@ -263,12 +263,13 @@ fn run(buffer: usize, steps: &[(Step, Event)]) -> Result<(), TestCaseError> {
         reader.follow(&mut source, now, number % 3 == 0);
         let truth = engine.truth();
         if exact {
-            prop_assert_eq!(&reader.held, &truth, "after step {}", number + 1);
+            prop_assert_eq!(&reader.held(), &truth, "after step {}", number + 1);
         }
-        for (owner, keys) in &reader.held {
+        for (owner, keys) in &reader.held() {
             let held = truth.get(owner).cloned().unwrap_or_default();
             prop_assert!(keys.is_subset(&held), "after step {} there is too much", number + 1);
         }
+        engine.check_places(partition, &reader);
         if matches!(step, Step::Clear) {
             exact = true;
         }
@@ -281,9 +282,10 @@ proptest! {
 
     #[test]
     fn a_source_that_died_and_came_back_is_as_if_it_had_never_stopped_or_claims_less(
+        cut in any_partition(),
         buffer in prop_oneof![1..40usize, Just(usize::MAX)],
         steps in proptest::collection::vec((any_step(), any_event()), 1..60)
     ) {
-        run(buffer, &steps)?;
+        run(cut, buffer, &steps)?;
     }
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use kvatlas_bus::{Bus, BusMessage, InProcessBus, InProcessConfig, Subscription};
 use kvatlas_proto::frame::{FramePart, FrameView};
 use kvatlas_proto::request::{Request, RequestId, Want};
 use kvatlas_proto::subject::{Asker, Subjects};
-use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, SourceId};
+use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, KeyHasher, Partition, ShardId, SourceId};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Progress, Shim, ShimConfig};
 use kvatlas_shim::zmq::Attach;
@@ -48,15 +49,21 @@ async fn serve_replays(mut socket: RouterSocket, sent: Arc<Mutex<Vec<(u64, Bytes
 }
 
 impl Rig {
-    /// Without a replay socket and a state.
+    /// Without a replay socket and a state, the key space in one piece.
     async fn start() -> Self {
+        Self::cut(Partition::WHOLE).await
+    }
+
+    /// The same where the key space is cut.
+    async fn cut(partition: Partition) -> Self {
         let mut engine = PubSocket::new();
         let address = engine.bind("tcp://127.0.0.1:0").await.unwrap().to_string();
         let subjects = Subjects::default();
         let bus: Arc<dyn Bus> = Arc::new(InProcessBus::new(InProcessConfig::default()));
         let events = bus.subscribe(subjects.all_events()).await.unwrap();
         let replies = bus.subscribe(subjects.all_replies(&asker())).await.unwrap();
-        let shim = Shim::start(&config(&address, None), &bus).unwrap();
+        let config = ShimConfig { partition, ..config(&address, None) };
+        let shim = Shim::start(&config, &bus).unwrap();
         Self { engine, bus, shim, events, replies, subjects }
     }
 
@@ -89,7 +96,11 @@ impl Rig {
     }
 
     async fn ask(&self, epoch: Epoch, want: Want) {
-        let payload = Request { id: RequestId(5), epoch, want }.encode().unwrap().into();
+        self.ask_about(ShardId::WHOLE, epoch, want).await;
+    }
+
+    async fn ask_about(&self, shard: ShardId, epoch: Epoch, want: Want) {
+        let payload = Request { id: RequestId(5), epoch, shard, want }.encode().unwrap().into();
         let reply = Some(self.subjects.reply(&asker(), &source()));
         self.bus
             .send(BusMessage { subject: self.subjects.control(&source()), reply, payload })
@@ -148,6 +159,7 @@ fn config(events: &str, replay: Option<String>) -> ShimConfig {
         block_size: None,
         removal: RemovalPolicy::PerCopy,
         hasher: KeyHasher::default(),
+        partition: Partition::WHOLE,
         limits: MirrorLimits::default(),
         subjects: Subjects::default(),
     }
@@ -192,6 +204,48 @@ async fn a_hello_is_counted_and_answered_with_a_heartbeat() {
     rig.next_heartbeat().await;
     let mut progress = rig.progress();
     timeout(WAIT, progress.wait_for(|p| p.requests.hello == 1)).await.unwrap().unwrap();
+    rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_lane_has_a_subject_of_its_own_and_a_hello_is_answered_in_all() {
+    let partition = Partition::new(4).unwrap();
+    let mut rig = Rig::cut(partition).await;
+    rig.fill(20).await;
+    while rig.events.try_recv().is_ok() {}
+    rig.bus.publish(rig.subjects.hello(), Bytes::copy_from_slice(&4u16.to_le_bytes())).await.unwrap();
+    let mut silent: BTreeSet<ShardId> = partition.all().collect();
+    while !silent.is_empty() {
+        let message = timeout(WAIT, rig.events.recv()).await.unwrap().unwrap();
+        let view = FrameView::parse(&message.payload).unwrap();
+        let (shard, scope) = (view.header().shard, view.header().scope.token());
+        assert_eq!(message.subject, rig.subjects.events(scope, shard, &source()));
+        silent.remove(&shard);
+    }
+    let progress = wait(&rig.shim, |p| p.requests.hello == 1).await;
+    assert_eq!((progress.requests.other_shards, progress.shards), (0, 4));
+    for shard in partition.all() {
+        rig.ask_about(shard, rig.epoch(), Want::State(vec![])).await;
+        let frame = rig.reply().await;
+        assert_eq!(FrameView::parse(&frame).unwrap().header().shard, shard);
+    }
+    rig.shim.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cuts_the_key_space_otherwise_is_counted_and_not_answered() {
+    let partition = Partition::new(4).unwrap();
+    let mut rig = Rig::cut(partition).await;
+    rig.fill(5).await;
+    rig.bus.publish(rig.subjects.hello(), Bytes::copy_from_slice(&8u16.to_le_bytes())).await.unwrap();
+    rig.next_heartbeat().await;
+    rig.ask_about(ShardId::WHOLE, rig.epoch(), Want::State(vec![])).await;
+    let requests = wait(&rig.shim, |p| p.requests.other_shards == 2).await.requests;
+    assert_eq!((requests.hello, requests.state, requests.malformed), (1, 0, 0));
+    rig.ask_about(partition.shard(2), rig.epoch(), Want::State(vec![])).await;
+    let frame = rig.reply().await;
+    assert_eq!(FrameView::parse(&frame).unwrap().header().shard, partition.shard(2));
+    assert!(rig.replies.try_recv().is_err());
     rig.shim.shutdown().await;
 }
 

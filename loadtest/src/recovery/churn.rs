@@ -226,8 +226,8 @@ fn mixed(a: u64, b: u64) -> u64 {
 mod tests {
     use std::collections::BTreeSet;
 
-    use kvatlas_proto::InstanceId;
     use kvatlas_proto::digest::Digest;
+    use kvatlas_proto::{InstanceId, ShardId};
     use kvatlas_shim::source::{Source, SourceConfig};
 
     use super::*;
@@ -243,7 +243,7 @@ mod tests {
         }
         assert_eq!(engine.ledger().held(), engine.capacity(), "it is full and evicts");
         let truth = Digest::of(engine.ledger().held_keys().into_iter().map(BlockKey));
-        assert_eq!(source.mirror().digests(), [truth]);
+        assert_eq!(source.mirror().digests(ShardId::WHOLE), [truth]);
         let counts = source.mirror_counts();
         assert_eq!((counts.stored, counts.unknown_removals, counts.unresolved), (20_000, 0, 0));
     }

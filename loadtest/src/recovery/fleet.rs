@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kvatlas_proto::{InstanceId, KeyHasher};
+use kvatlas_proto::{InstanceId, KeyHasher, Partition};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::shim::{EndpointConfig, Shim, ShimConfig};
 use kvatlas_shim::zmq::Attach;
@@ -403,6 +403,7 @@ pub(super) fn shim_config(rig: &Rig, name: &str, endpoints: &StreamEndpoints) ->
         block_size: None,
         removal: RemovalPolicy::PerCopy,
         hasher: KeyHasher::default(),
+        partition: Partition::WHOLE,
         limits: MirrorLimits::default(),
         subjects: rig.subjects().clone(),
     }

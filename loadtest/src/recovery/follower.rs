@@ -166,8 +166,7 @@ fn tier_of(tier: Tier) -> grpc::Tier {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-    use kvatlas_proto::InstanceId;
+    use kvatlas_proto::{InstanceId, ShardId};
     use kvatlas_shim::source::{Source, SourceConfig};
 
     use super::*;
@@ -191,12 +190,11 @@ mod tests {
         fn step(&mut self, seq: u64, now_ms: u64, heartbeat: bool) -> grpc::Source {
             let batch = Batch { time_s: 0.0, events: self.engine.step(100, now_ms), rank: 0 };
             self.source.live(seq, &batch.encode(WireForm::Map(MapVersion::V0_33)), false);
-            let frames: Vec<Bytes> = self.source.take_frames(now_ms + 1, heartbeat).unwrap();
-            for frame in frames {
-                self.follower.observe(&FrameView::parse(&frame).unwrap(), now_ms);
+            for outgoing in self.source.take_frames(now_ms + 1, heartbeat).unwrap() {
+                self.follower.observe(&FrameView::parse(&outgoing.frame).unwrap(), now_ms);
             }
-            let digest = self.source.mirror().digests()[0];
-            let (epoch, next) = self.source.position();
+            let digest = self.source.mirror().digests(ShardId::WHOLE)[0];
+            let (epoch, next) = self.source.position(ShardId::WHOLE);
             grpc::Source {
                 instance: "a:1".into(),
                 epoch: epoch.0,

@@ -271,8 +271,7 @@ mod tests {
     use kvatlas_proto::frame::{FrameHeader, FramePart, OpBuffer, SourceHealth};
     use kvatlas_proto::keys::KeyVariant;
     use kvatlas_proto::request::RequestId;
-    use kvatlas_proto::subject::Shard;
-    use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, Scope};
+    use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, Scope, ShardId};
 
     use super::*;
 
@@ -287,10 +286,11 @@ mod tests {
 
     async fn publish(bus: &LossyBus, seq: u64) {
         let scope = Scope::new("m", "", 16, 1).unwrap();
-        let subject = Subjects::default().events(scope.token(), Shard::All, &source());
+        let subject = Subjects::default().events(scope.token(), ShardId::WHOLE, &source());
         let header = FrameHeader {
             scope,
             source: source(),
+            shard: ShardId::WHOLE,
             variant: KeyVariant::default(),
             epoch: Epoch(1),
             seq: FrameSeq(seq),
@@ -344,7 +344,8 @@ mod tests {
         }
         assert_eq!((bus.unnoticed(), bus.counts().gaps), (9, 1));
         let ask = async |want| {
-            let payload = Request { id: RequestId(1), epoch: Epoch(1), want }.encode().unwrap();
+            let payload =
+                Request { id: RequestId(1), epoch: Epoch(1), shard: ShardId::WHOLE, want }.encode().unwrap();
             bus.inner.publish(Subjects::default().control(&source()), payload.into()).await.unwrap();
         };
         ask(Want::Frames(vec![(FrameSeq(2), FrameSeq(3)), (FrameSeq(7), FrameSeq(20))])).await;

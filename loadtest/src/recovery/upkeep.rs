@@ -124,7 +124,8 @@ impl Parts {
         for payload in &payloads {
             self.source.live(self.next_seq, payload, false);
             self.next_seq += 1;
-            frames.extend(self.source.take_frames(self.next_seq, false)?);
+            let outgoing = self.source.take_frames(self.next_seq, false)?;
+            frames.extend(outgoing.into_iter().map(|outgoing| outgoing.frame));
         }
         let shim = start.elapsed().as_nanos() as f64;
 
@@ -164,6 +165,8 @@ fn changes_of(frames: &[Bytes]) -> Result<Vec<(BlockKey, bool)>, RecoveryError> 
 
 #[cfg(test)]
 mod tests {
+    use kvatlas_proto::ShardId;
+
     use super::*;
 
     #[test]
@@ -176,6 +179,6 @@ mod tests {
         let held = parts.engine.ledger().held() as u64;
         assert_eq!(held, HELD_BLOCKS as u64);
         assert_eq!((parts.digest, held), (sources[0].owners[0].digest, parts.digest.count));
-        assert_eq!(parts.source.mirror().digests(), [parts.digest]);
+        assert_eq!(parts.source.mirror().digests(ShardId::WHOLE), [parts.digest]);
     }
 }

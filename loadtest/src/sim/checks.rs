@@ -10,8 +10,8 @@
 use kvatlas_index::matching::TierWeights;
 use kvatlas_index::sources::{DegradedReason, SourceState};
 use kvatlas_index::{Index, OwnerFilter, PromptInput, ScoreQuery, SourceInfo};
-use kvatlas_proto::Tier;
 use kvatlas_proto::frame::SourceHealth;
+use kvatlas_proto::{ShardId, Tier};
 
 use super::Sabotage;
 use super::engine::Content;
@@ -128,7 +128,7 @@ impl World {
             let truth = self.engines[shim].engine.truth();
             let Some(source) = self.shims[shim].source() else { return Some(format!("shim {shim} is dead")) };
             let health = source.health();
-            let (epoch, next) = source.position();
+            let (epoch, next) = source.position(ShardId::WHOLE);
             if self.shims[shim].is_replaying() || source.has_frames() {
                 return Some(format!("shim {shim} has something to say"));
             }

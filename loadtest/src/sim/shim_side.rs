@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, ReplyPart};
 use kvatlas_proto::keys::KEY_VERSION;
 use kvatlas_proto::request::{Request, RequestId};
-use kvatlas_proto::{InstanceId, Scope};
+use kvatlas_proto::{InstanceId, Scope, ShardId};
 use kvatlas_shim::source::{FRAME_OPS_BYTES, Live, PublishLimits, Source, SourceConfig, StateMark};
 
 use super::bus::Kind;
@@ -134,12 +134,13 @@ impl ShimProcess {
 
 /// Reads the mirror by what it would tell somebody who has nothing.
 fn content_of_mirror(source: &Source) -> Result<Content, EncodeFrameError> {
-    let (epoch, seq) = source.position();
+    let (epoch, seq) = source.position(ShardId::WHOLE);
     let owners = source.mirror().owners();
     let nothing = vec![None; owners.len()];
     let header = FrameHeader {
         scope: Scope::new(MODEL, "", BLOCK_TOKENS, KEY_VERSION).expect("a plain scope"),
         source: source.id(),
+        shard: ShardId::WHOLE,
         variant: source.mirror().variant(),
         epoch,
         seq,
@@ -150,7 +151,7 @@ fn content_of_mirror(source: &Source) -> Result<Content, EncodeFrameError> {
         digests: Vec::new(),
         reply: Some(ReplyPart { request: RequestId(0), piece: 0, pieces: 1 }),
     };
-    let mut told = source.mirror().differences(&nothing, FRAME_OPS_BYTES);
+    let mut told = source.mirror().differences(ShardId::WHOLE, &nothing, FRAME_OPS_BYTES);
     let frames: Result<Vec<_>, _> = told.iter_mut().map(|ops| header.encode(ops).map(Bytes::from)).collect();
     Ok(content_of_answer(&frames?))
 }
@@ -337,13 +338,13 @@ impl World {
         let now_ns = shim.now_ns(now_us);
         let Some(source) = &mut shim.source else { return };
         let frames = match source.take_frames(now_ns, heartbeat) {
-            Ok(frames) => frames,
+            Ok(outgoing) => outgoing.into_iter().map(|outgoing| outgoing.frame).collect::<Vec<_>>(),
             Err(error) => return self.fail("frames can be encoded", error.to_string()),
         };
         if frames.is_empty() {
             return;
         }
-        let (epoch, next) = source.position();
+        let (epoch, next) = source.position(ShardId::WHOLE);
         self.log.line(
             now_us,
             format_args!("shim {number} publishes {} up to {}.{}", frames.len(), epoch.0, next.0),
@@ -363,6 +364,9 @@ impl World {
     pub(super) fn on_shim_message(&mut self, number: usize, index: usize, kind: Kind, payload: &Bytes) {
         match kind {
             Kind::Hello => {
+                if let Some(source) = &mut self.shims[number].source {
+                    source.owe_heartbeats();
+                }
                 let wait_us = self.between((0, GREETED_US));
                 self.hurry_heartbeat(number, wait_us);
             }
@@ -384,7 +388,7 @@ impl World {
         }
         self.publish(number, false);
         let Some(source) = &mut self.shims[number].source else { return };
-        let other_epoch = source.position().0 != request.epoch;
+        let other_epoch = source.epoch() != request.epoch;
         let answer = match source.answer(&request) {
             Ok(answer) => answer,
             Err(error) => return self.fail("answers can be encoded", error.to_string()),
@@ -394,6 +398,7 @@ impl World {
             format_args!("shim {number} answers {:?} of index {index}: {}", request.id, answer.len()),
         );
         if other_epoch {
+            source.owe_heartbeat(request.shard);
             self.hurry_heartbeat(number, 0);
         }
         for frame in answer {

@@ -5,7 +5,7 @@
 //! ```text
 //! input    = settings (1 byte), steps
 //! settings = bit 0: the block size is given; bit 1: removals are of the last copy; bit 2: the engine can replay;
-//!            bit 3: tiny bounds
+//!            bit 3: tiny bounds; bit 4: the key space is cut
 //! step     = action (1 byte), payload length (u16, little-endian), payload
 //! action   = bits 0-2: what the sequence does (see `Engine::perform`); bit 3: frames wait; bits 4-7: a small number
 //! ```
@@ -18,7 +18,7 @@ use bytes::Bytes;
 use kvatlas_proto::digest::Buckets;
 use kvatlas_proto::frame::{Change, FrameOwner, FramePart, FrameView};
 use kvatlas_proto::request::{OwnerBuckets, Request, RequestId, Want};
-use kvatlas_proto::{BlockKey, Digest, Epoch, InstanceId};
+use kvatlas_proto::{BlockKey, Digest, Epoch, InstanceId, Partition, ShardId};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy};
 use kvatlas_shim::source::{Live, Source, SourceConfig};
 use libfuzzer_sys::fuzz_target;
@@ -27,6 +27,8 @@ use libfuzzer_sys::fuzz_target;
 const BLOCK_SIZE: u32 = 16;
 /// Bounds that a short input reaches.
 const TINY: MirrorLimits = MirrorLimits { hashes: 24, unresolved: 6, ghosts: 5, store_only_ttl_ns: 1_000 };
+/// Shards where the key space is cut.
+const SHARDS: u32 = 3;
 /// Messages that the engine can replay.
 const REPLAY_MESSAGES: usize = 16;
 
@@ -45,16 +47,17 @@ fuzz_target!(|input: &[u8]| {
 /// The engine's side of a source, and a reader of what it publishes.
 struct Engine {
     source: Source,
-    reader: Reader,
+    /// By shard.
+    readers: Vec<Reader>,
     unresolved_max: usize,
     next_seq: u64,
     sent: Vec<(u64, Bytes)>,
     now_ns: u64,
 }
 
-/// A naive index.
-#[derive(Default)]
+/// A naive index of one shard.
 struct Reader {
+    shard: ShardId,
     epoch: u64,
     next: u64,
     owners: Vec<FrameOwner>,
@@ -68,17 +71,20 @@ struct Reader {
 impl Engine {
     fn new(settings: u8) -> Self {
         let limits = if settings & 8 == 0 { MirrorLimits::default() } else { TINY };
+        let shards = if settings & 16 == 0 { 1 } else { SHARDS };
+        let partition = Partition::new(shards).expect("a few shards");
         let instance = InstanceId::new("a:1").expect("a plain name");
         let config = SourceConfig {
             block_size: (settings & 1 != 0).then_some(BLOCK_SIZE),
             removal: if settings & 2 == 0 { RemovalPolicy::PerCopy } else { RemovalPolicy::LastCopy },
+            partition,
             limits,
             has_replay: settings & 4 != 0,
             ..SourceConfig::new("m", instance)
         };
         Self {
             source: Source::new(config, 1).expect("the names are valid"),
-            reader: Reader::default(),
+            readers: partition.all().map(Reader::new).collect(),
             unresolved_max: limits.unresolved,
             next_seq: 0,
             sent: Vec::new(),
@@ -111,7 +117,7 @@ impl Engine {
                 self.next_seq
             }
             6 => {
-                self.reader.forget(number);
+                self.readers.iter_mut().for_each(|reader| reader.forget(number));
                 self.next_seq
             }
             // The clock is set.
@@ -145,17 +151,17 @@ impl Engine {
     fn flush(&mut self) {
         self.now_ns += 1;
         let frames = self.source.take_frames(self.now_ns, true).expect("frames are split to fit");
-        for frame in frames {
-            self.reader.read(&frame);
+        for outgoing in frames {
+            self.readers[usize::from(outgoing.shard.number())].read(&outgoing.frame);
         }
-        if self.reader.stale {
-            let answer = self.source.answer(&self.reader.request()).expect("answers are split to fit");
-            answer.iter().for_each(|frame| self.reader.repair(frame));
-            assert!(!self.reader.stale || self.source.scope().is_none(), "an answer makes a reader right");
+        for reader in self.readers.iter_mut().filter(|reader| reader.stale) {
+            let answer = self.source.answer(&reader.request()).expect("answers are split to fit");
+            answer.iter().for_each(|frame| reader.repair(frame));
+            assert!(!reader.stale || self.source.scope().is_none(), "an answer makes a reader right");
         }
         if self.source.scope().is_some() {
-            assert!(!self.reader.stale);
-            let held: usize = self.reader.held.iter().map(HashSet::len).sum();
+            assert!(!self.readers.iter().any(|reader| reader.stale));
+            let held: usize = self.readers.iter().flat_map(|reader| &reader.held).map(HashSet::len).sum();
             assert_eq!(held as u64, self.source.mirror().visible_blocks());
         }
     }
@@ -164,9 +170,14 @@ impl Engine {
 // === impl Reader ===
 
 impl Reader {
+    fn new(shard: ShardId) -> Self {
+        Self { shard, epoch: 0, next: 0, owners: Vec::new(), held: Vec::new(), stale: false }
+    }
+
     fn read(&mut self, frame: &[u8]) {
         let view = FrameView::parse(frame).expect("what the source publishes is a frame");
         let header = view.header();
+        assert_eq!(header.shard, self.shard, "a frame travels in its own shard");
         if header.epoch.0 != self.epoch {
             assert!(header.epoch.0 > self.epoch, "epochs only grow");
             assert_eq!(header.part, FramePart::Start, "an epoch begins with its start");
@@ -194,12 +205,14 @@ impl Reader {
             group: owner.group,
             buckets: Buckets::of(Buckets::bits_for(held.len() as u64), held.iter().map(|key| BlockKey(*key))),
         });
-        Request { id: RequestId(1), epoch: Epoch(self.epoch), want: Want::State(owners.collect()) }
+        let want = Want::State(owners.collect());
+        Request { id: RequestId(1), epoch: Epoch(self.epoch), shard: self.shard, want }
     }
 
     fn repair(&mut self, frame: &[u8]) {
         let view = FrameView::parse(frame).expect("an answer is of frames");
         let reply = view.header().reply.expect("an answer says what it answers");
+        assert_eq!(view.header().shard, self.shard, "an answer is about the shard that was asked about");
         assert_eq!(view.header().seq.0 + 1, self.next, "an answer is of the last published frame");
         self.learn_owners(&view.header().owners);
         self.apply(&view);

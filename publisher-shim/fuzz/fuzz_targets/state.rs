@@ -6,16 +6,16 @@
 #![no_main]
 
 use bytes::Bytes;
-use kvatlas_proto::InstanceId;
 use kvatlas_proto::frame::FrameView;
+use kvatlas_proto::{InstanceId, Partition};
 use kvatlas_shim::mirror::MirrorLimits;
 use kvatlas_shim::source::{Source, SourceConfig};
 use kvatlas_shim::state::STATE_VERSION;
 use libfuzzer_sys::fuzz_target;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Block sizes that are configured: the engine's, and one that takes two of the recorded engines' pages.
-const BLOCK_SIZES: [Option<u32>; 2] = [None, Some(32)];
+/// Block sizes that are configured (the engine's, and one that takes two of the recorded engines' pages) and numbers of shards.
+const SETTINGS: [(Option<u32>, u32); 3] = [(None, 1), (Some(32), 1), (None, 3)];
 /// Bounds that a short input reaches.
 const HASHES: usize = 512;
 const UNRESOLVED: usize = 16;
@@ -27,24 +27,26 @@ fuzz_target!(|bytes: &[u8]| {
     state.extend_from_slice(&[0; 2]);
     state.extend_from_slice(&xxh3_64(bytes).to_le_bytes());
     state.extend_from_slice(bytes);
-    for block_size in BLOCK_SIZES {
-        restore(bytes, block_size);
-        restore(&state, block_size);
+    for (block_size, shards) in SETTINGS {
+        restore(bytes, block_size, shards);
+        restore(&state, block_size, shards);
     }
 });
 
-fn config(block_size: Option<u32>) -> SourceConfig {
+fn config(block_size: Option<u32>, shards: u32) -> SourceConfig {
+    let partition = Partition::new(shards).expect("a few shards");
     let instance = InstanceId::new("a:1").expect("a plain name");
     let limits =
         MirrorLimits { hashes: HASHES, unresolved: UNRESOLVED, ghosts: GHOSTS, ..MirrorLimits::default() };
-    SourceConfig { block_size, has_replay: true, limits, ..SourceConfig::new("m", instance) }
+    SourceConfig { block_size, partition, has_replay: true, limits, ..SourceConfig::new("m", instance) }
 }
 
-fn restore(state: &[u8], block_size: Option<u32>) {
-    let Ok(mut source) = Source::restore(config(block_size), state, 5) else { return };
+fn restore(state: &[u8], block_size: Option<u32>, shards: u32) {
+    let config = || config(block_size, shards);
+    let Ok(mut source) = Source::restore(config(), state, 5) else { return };
     assert!(source.take_frames(6, true).expect("nothing is said yet").is_empty() || !source.is_unproved());
     // An engine that has published nothing is another one.
-    let mut other = Source::restore(config(block_size), state, 5).expect("it was accepted before");
+    let mut other = Source::restore(config(), state, 5).expect("it was accepted before");
     other.connected();
     other.replayed(0, &[]);
     assert!(other.last_engine_seq().is_none() && !other.is_unproved());
@@ -54,13 +56,14 @@ fn restore(state: &[u8], block_size: Option<u32>) {
         source.replayed(0, &[(seq, Bytes::copy_from_slice(payload))]);
         source.live(seq, payload, true);
         for frame in source.take_frames(7, true).expect("frames are split to fit") {
-            FrameView::parse(&frame).expect("what the source publishes is a frame");
+            FrameView::parse(&frame.frame).expect("what the source publishes is a frame");
         }
     }
     if let Some(again) = source.save().expect("a state can be saved") {
-        let restored =
-            Source::restore(config(block_size), &again, 8).expect("what was saved can be restored");
-        assert_eq!(restored.mirror().digests(), source.mirror().digests());
+        let restored = Source::restore(config(), &again, 8).expect("what was saved can be restored");
+        for shard in source.partition().all() {
+            assert_eq!(restored.mirror().digests(shard), source.mirror().digests(shard));
+        }
     }
 }
 

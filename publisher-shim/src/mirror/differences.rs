@@ -1,17 +1,18 @@
 //! What makes somebody else's idea of a mirror equal to it.
 //!
-//! The asker says what it has of each owner as bucket sums; what differs is told in operations: whole slices where few
+//! The asker says what it has of each owner in one shard as bucket sums; what differs is told in operations: whole slices where few
 //! differ, everything as runs where the asker has nothing, or far too few slices to tell what differs. The answer's size follows the drift, not the
 //! mirror.
 
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
-use kvatlas_proto::BlockKey;
 use kvatlas_proto::digest::Buckets;
 use kvatlas_proto::frame::OpBuffer;
+use kvatlas_proto::{BlockKey, ShardId};
 use smallvec::SmallVec;
 
 use super::Mirror;
+use super::lanes::Lane;
 
 /// How much coarser than it should be an asker's division may be, as a power of two, before everything is told instead:
 /// with eight times the keys in a slice, one differing block costs about 512 blocks.
@@ -41,24 +42,30 @@ struct Pieces {
 // === impl Mirror ===
 
 impl Mirror {
-    /// The operations after which an asker holds what this mirror holds visibly, parents before children within a run.
-    /// `theirs` is what the asker has, by the owners' numbers; `None`: nothing. Buffers have at most about `max_bytes`,
-    /// and none is empty.
-    pub fn differences(&self, theirs: &[Option<&Buckets>], max_bytes: usize) -> Vec<OpBuffer> {
+    /// The operations after which an asker holds what this mirror holds visibly in a shard, parents before children within a
+    /// run. `theirs` is what the asker has there, by the owners' numbers; `None`: nothing. Buffers have at most about
+    /// `max_bytes`, and none is empty.
+    pub fn differences(
+        &self,
+        shard: ShardId,
+        theirs: &[Option<&Buckets>],
+        max_bytes: usize,
+    ) -> Vec<OpBuffer> {
+        let lane = &self.lanes[usize::from(shard.number())];
         let mut pieces = Pieces { max_bytes, done: Vec::new(), open: OpBuffer::default() };
         // Sorting into chains touches every block: only where somebody needs it.
         let mut order = None;
-        for number in 0..self.places.len() {
-            match self.telling(number as u8, theirs.get(number).copied().flatten()) {
+        for (number, digest) in lane.digests.iter().enumerate() {
+            match lane.telling(number as u8, theirs.get(number).copied().flatten()) {
                 Telling::Whole { cleared } => {
                     if cleared {
                         pieces.open.cleared(number as u8);
                     }
-                    if self.places[number].digest.is_empty() {
+                    if digest.is_empty() {
                         continue;
                     }
-                    for &(parent, key) in order.get_or_insert_with(|| self.chain_order()).iter() {
-                        if self.keys[&key].holders.get(number as u8) > 0 {
+                    for &(parent, key) in order.get_or_insert_with(|| lane.chain_order()).iter() {
+                        if lane.keys[&key].holders.get(number as u8) > 0 {
                             pieces.open.stored(number as u8, parent, key);
                             pieces.cut();
                         }
@@ -74,10 +81,14 @@ impl Mirror {
         }
         pieces.finish()
     }
+}
 
+// === impl Lane ===
+
+impl Lane {
     fn telling(&self, place: u8, theirs: Option<&Buckets>) -> Telling {
         let Some(theirs) = theirs else { return Telling::Whole { cleared: false } };
-        let digest = self.places[usize::from(place)].digest;
+        let digest = self.digests[usize::from(place)];
         if theirs.bits() + COARSER_BITS < Buckets::bits_for(digest.count) {
             return Telling::Whole { cleared: true };
         }

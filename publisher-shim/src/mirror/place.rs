@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 
 use foldhash::fast::FixedState;
 use hashbrown::HashMap;
-use kvatlas_proto::Digest;
 use kvatlas_proto::frame::FrameOwner;
 use smallvec::SmallVec;
 
@@ -16,8 +15,6 @@ pub(super) struct Place {
     pub(super) remote: bool,
     /// Greatest common divisor of the numbers of hashes per stored event; 0 before the first.
     pub(super) chunk: u32,
-    /// Visible keys.
-    pub(super) digest: Digest,
     /// Whether it says what it drops.
     pub(super) removals: Removals,
 }

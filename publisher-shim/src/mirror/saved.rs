@@ -5,10 +5,10 @@ use std::collections::VecDeque;
 use hashbrown::HashMap;
 use kvatlas_proto::frame::FrameHeader;
 use kvatlas_proto::keys::LocalHash;
-use kvatlas_proto::{BlockKey, KeyHasher, Tier};
+use kvatlas_proto::{BlockKey, KeyHasher, Partition, Tier, shard};
 
 use super::place::{Counts, Place, Removals};
-use super::{HashEntry, KeyEntry, Link, Mirror, MirrorLimits, RemovalPolicy, Waiting};
+use super::{HashEntry, Link, Mirror, MirrorLimits, RemovalPolicy, Waiting};
 use crate::event::EngineHash;
 use crate::state::{RestoreStateError, wire};
 
@@ -20,12 +20,14 @@ impl Mirror {
         let mut copies = Vec::with_capacity(self.hashes.len());
         let hashes = self.hashes.iter().map(|(hash, entry)| {
             copies.extend(entry.copies.0.iter().map(|&(place, copies)| wire::Copies { place, copies }));
-            let link = entry.link.unwrap_or(Link { key: BlockKey(0), parent: BlockKey(0) });
+            let link = entry.link().unwrap_or(Link::UNKNOWN);
             wire::Hash {
                 name: hash.to_raw(),
-                linked: entry.link.is_some(),
+                linked: entry.is_linked(),
                 key: link.key.0,
                 parent: link.parent.0,
+                shard: link.at.shard,
+                step: link.at.step,
                 places: entry.copies.0.len() as u16,
             }
         });
@@ -48,22 +50,27 @@ impl Mirror {
         }
     }
 
-    /// The mirror of a saved record; `header` is the heartbeat that was saved with it. Everything is checked.
+    /// The mirror of a saved record; `heartbeats` were saved with it, one per shard. Everything is checked.
     pub(crate) fn restore(
         hasher: KeyHasher,
+        partition: Partition,
         limits: MirrorLimits,
         removal: RemovalPolicy,
-        header: &FrameHeader,
+        heartbeats: &[FrameHeader],
         saved: &wire::ArchivedMirror,
     ) -> Result<Self, RestoreStateError> {
-        let mut mirror = Self::new(hasher, limits, removal, Some(header.scope.block_size()));
-        mirror.variant = header.variant;
+        let Some(first) = heartbeats.first() else {
+            return Err(RestoreStateError::Inconsistent("it has no heartbeat"));
+        };
+        let mut mirror = Self::new(hasher, partition, limits, removal, Some(first.scope.block_size()));
+        mirror.variant = first.variant;
         mirror.now_ns = saved.now_ns.to_native();
-        mirror.restore_places(header, saved)?;
+        mirror.restore_places(first, saved)?;
         mirror.restore_hashes(saved)?;
         mirror.restore_waiting(saved)?;
         mirror.restore_ghosts(saved)?;
-        if mirror.digests() != header.digests {
+        let said = heartbeats.iter().map(|heartbeat| &heartbeat.digests);
+        if !mirror.lanes.iter().map(|lane| &lane.digests).eq(said) {
             return Err(RestoreStateError::Inconsistent("its blocks are not those that its digests say"));
         }
         Ok(mirror)
@@ -89,13 +96,9 @@ impl Mirror {
             if !(place.announced || may_expire) {
                 return Err(RestoreStateError::Inconsistent("blocks expire where none do"));
             }
-            self.places.push(Place {
-                owner: owner.clone(),
-                remote: place.remote,
-                chunk: place.chunk.to_native(),
-                digest: kvatlas_proto::Digest::default(),
-                removals: self.restore_removals(place)?,
-            });
+            let removals = self.restore_removals(place)?;
+            let (remote, chunk) = (place.remote, place.chunk.to_native());
+            self.add_place(Place { owner: owner.clone(), remote, chunk, removals });
         }
         Ok(())
     }
@@ -141,14 +144,13 @@ impl Mirror {
                 }
                 copies.set(place, number);
             }
-            let (key, parent) = (BlockKey(record.key.to_native()), BlockKey(record.parent.to_native()));
-            let link = record.linked.then_some(Link { key, parent });
+            let link = record.linked.then(|| self.restore_link(record)).transpose()?;
             match link {
-                Some(link) => copies.places().into_iter().for_each(|place| self.hold(link, place)),
+                Some(link) => copies.places().into_iter().for_each(|place| _ = self.hold(link, place)),
                 None => self.unresolved += 1,
             }
             let hash = EngineHash::from_raw(record.name.to_native());
-            if self.hashes.insert(hash, HashEntry { link, copies, ghost_stamp: 0 }).is_some() {
+            if self.hashes.insert(hash, HashEntry::new(link, copies)).is_some() {
                 return Err(RestoreStateError::Inconsistent("a hash is there twice"));
             }
         }
@@ -162,14 +164,23 @@ impl Mirror {
         Ok(())
     }
 
-    /// One more hash of this key is held in `place`; nobody has to be told.
-    fn hold(&mut self, link: Link, place: u8) {
-        let entry = self
-            .keys
-            .entry(link.key)
-            .or_insert_with(|| KeyEntry { parent: link.parent, holders: Counts::default() });
-        if entry.holders.add(place) {
-            self.places[usize::from(place)].digest.add(link.key);
+    fn restore_link(&self, saved: &wire::ArchivedHash) -> Result<Link, RestoreStateError> {
+        let key = BlockKey(saved.key.to_native());
+        let link = Link {
+            key,
+            parent: BlockKey(saved.parent.to_native()),
+            at: shard::Place { shard: saved.shard.to_native(), step: saved.step },
+        };
+        let possible = if link.at.starts_segment() {
+            link.at == self.partition.first(key) && link.parent == self.hasher.root()
+        } else {
+            let steps = if self.partition == Partition::WHOLE { 2 } else { shard::SEGMENT_BLOCKS };
+            link.at.shard < self.partition.shards() && u32::from(link.at.step) < steps
+        };
+        if possible {
+            Ok(link)
+        } else {
+            Err(RestoreStateError::Inconsistent("a block lies in the wrong shard"))
         }
     }
 
@@ -177,7 +188,7 @@ impl Mirror {
         for record in saved.waiting.iter() {
             let hash = EngineHash::from_raw(record.hash.to_native());
             let parent = EngineHash::from_raw(record.parent.to_native());
-            let waits = self.hashes.get(&hash).is_some_and(|entry| entry.link.is_none());
+            let waits = self.hashes.get(&hash).is_some_and(|entry| !entry.is_linked());
             let waiting = Waiting { parent, local: LocalHash(record.local.to_native()) };
             if !waits || self.waiting.insert(hash, waiting).is_some() {
                 return Err(RestoreStateError::Inconsistent("a hash waits for what it has"));

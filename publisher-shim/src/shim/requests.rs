@@ -4,13 +4,16 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use kvatlas_bus::BusMessage;
-use kvatlas_proto::SourceId;
+use kvatlas_proto::frame::MAX_FRAME_BYTES;
 use kvatlas_proto::request::{Request, Want};
 use kvatlas_proto::subject::{Subject, Subjects};
+use kvatlas_proto::{Partition, SourceId};
 
-/// Requests that wait while an answer is being sent: one per server of a large deployment that lost the same frames. A server
-/// whose request is dropped asks again.
+/// Requests that wait while an answer is being sent, and one more for each further shard: one per server of a large deployment
+/// that lost the same frames, or all shards of one server. A server whose request is dropped asks again.
 const WAITING_REQUESTS: usize = 8;
+/// Most bytes of them: that many of the largest.
+const WAITING_BYTES: usize = WAITING_REQUESTS * MAX_FRAME_BYTES;
 /// Frames of an answer that are sent before other work gets a turn: half a megabyte.
 const TURN_FRAMES: usize = 8;
 
@@ -25,6 +28,8 @@ pub struct RequestCounts {
     pub hello: u64,
     /// Requests about another epoch; a heartbeat is what they get.
     pub other_epoch: u64,
+    /// Requests and calls of those who cut the key space into another number of shards. Such a request has no answer.
+    pub other_shards: u64,
     /// Requests dropped because they are not valid, or name no subject of this source for the answer.
     pub malformed: u64,
     /// Requests dropped because too many were waiting.
@@ -39,37 +44,77 @@ pub struct RequestCounts {
 pub(super) struct Asked {
     pub(super) request: Request,
     pub(super) reply: String,
+    /// Size of the message.
+    bytes: usize,
 }
 
 /// The requests that wait, and the answer that is being sent.
-#[derive(Default)]
 pub(super) struct Desk {
+    partition: Partition,
     waiting: VecDeque<Asked>,
+    waiting_bytes: usize,
     sending: Option<(String, VecDeque<Bytes>)>,
     pub(super) counts: RequestCounts,
+    /// Into how many shards somebody else cuts the key space, as far as it was ever seen.
+    pub(super) other_shards: Option<u16>,
 }
 
 // === impl Desk ===
 
 impl Desk {
+    /// Nobody has asked yet.
+    pub(super) fn new(partition: Partition) -> Self {
+        Self {
+            partition,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            sending: None,
+            counts: RequestCounts::default(),
+            other_shards: None,
+        }
+    }
+
+    /// Takes a call to everybody. It may say into how many shards the caller cuts the key space.
+    pub(super) fn take_hello(&mut self, payload: &[u8]) {
+        self.counts.hello += 1;
+        if let Some(shards) = payload.first_chunk() {
+            self.compare_shards(u16::from_le_bytes(*shards));
+        }
+    }
+
+    /// Whether somebody cuts the key space as we do.
+    fn compare_shards(&mut self, theirs: u16) -> bool {
+        let same = theirs == self.partition.shards();
+        if !same {
+            self.counts.other_shards += 1;
+            self.other_shards = Some(theirs);
+        }
+        same
+    }
+
     /// Takes a message from the control subject of `source`.
     pub(super) fn take(&mut self, message: BusMessage, subjects: &Subjects, source: &SourceId) {
         // Answers go where the source's answers go and nowhere else: else anybody could make it publish anywhere.
         let ours = |reply: &String| matches!(subjects.parse(reply), Ok(Subject::Reply { source: by, .. }) if by == *source);
-        let request = Request::parse(&message.payload);
+        let (request, bytes) = (Request::parse(&message.payload), message.payload.len());
         let (Ok(request), Some(reply)) = (request, message.reply.filter(ours)) else {
             self.counts.malformed += 1;
             return;
         };
+        if !self.compare_shards(request.shard.of()) {
+            return;
+        }
         match request.want {
             Want::Frames(_) => self.counts.frames += 1,
             Want::State(_) => self.counts.state += 1,
         }
-        if self.waiting.len() == WAITING_REQUESTS {
+        let most = WAITING_REQUESTS + usize::from(self.partition.shards()) - 1;
+        if self.waiting.len() == most || self.waiting_bytes + bytes > WAITING_BYTES {
             self.counts.overflow += 1;
             return;
         }
-        self.waiting.push_back(Asked { request, reply });
+        self.waiting_bytes += bytes;
+        self.waiting.push_back(Asked { request, reply, bytes });
     }
 
     /// Whether somebody waits for something.
@@ -79,7 +124,12 @@ impl Desk {
 
     /// The request to answer now; none while an answer is being sent.
     pub(super) fn next_request(&mut self) -> Option<Asked> {
-        if self.sending.is_some() { None } else { self.waiting.pop_front() }
+        if self.sending.is_some() {
+            return None;
+        }
+        let asked = self.waiting.pop_front()?;
+        self.waiting_bytes -= asked.bytes;
+        Some(asked)
     }
 
     /// Begins to send an answer.
@@ -107,7 +157,7 @@ impl Desk {
 mod tests {
     use kvatlas_proto::request::RequestId;
     use kvatlas_proto::subject::Asker;
-    use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId};
+    use kvatlas_proto::{DpRank, Epoch, FrameSeq, InstanceId, ShardId};
 
     use super::*;
 
@@ -116,8 +166,12 @@ mod tests {
     }
 
     fn message(reply: Option<String>) -> BusMessage {
+        about(ShardId::WHOLE, reply)
+    }
+
+    fn about(shard: ShardId, reply: Option<String>) -> BusMessage {
         let want = Want::Frames(vec![(FrameSeq(1), FrameSeq(2))]);
-        let payload = Request { id: RequestId(1), epoch: Epoch(1), want }.encode().unwrap().into();
+        let payload = Request { id: RequestId(1), epoch: Epoch(1), shard, want }.encode().unwrap().into();
         BusMessage { subject: Subjects::default().control(&source()), reply, payload }
     }
 
@@ -127,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_request_without_a_place_for_the_answer_is_refused() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(Partition::WHOLE);
         let elsewhere = SourceId { rank: DpRank(1), ..source() };
         let foreign = Subjects::default().reply(&Asker::new("index-1").unwrap(), &elsewhere);
         let events = Subjects::default().all_events();
@@ -144,15 +198,49 @@ mod tests {
 
     #[test]
     fn requests_wait_up_to_the_bound_and_are_counted_beyond() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(Partition::WHOLE);
         (0..WAITING_REQUESTS + 3)
             .for_each(|_| desk.take(message(Some(reply())), &Subjects::default(), &source()));
         assert_eq!((desk.counts.frames, desk.counts.overflow), (WAITING_REQUESTS as u64 + 3, 3));
     }
 
     #[test]
+    fn all_shards_of_one_server_can_wait_at_once() {
+        let partition = Partition::new(100).unwrap();
+        let mut desk = Desk::new(partition);
+        partition
+            .all()
+            .for_each(|shard| desk.take(about(shard, Some(reply())), &Subjects::default(), &source()));
+        assert_eq!((desk.counts.frames, desk.counts.overflow), (100, 0));
+    }
+
+    #[test]
+    fn waiting_requests_are_bounded_in_bytes_too() {
+        let mut desk = Desk::new(Partition::WHOLE);
+        let bytes = message(None).payload.len();
+        desk.waiting_bytes = WAITING_BYTES - bytes;
+        (0..2).for_each(|_| desk.take(message(Some(reply())), &Subjects::default(), &source()));
+        assert_eq!((desk.waiting.len(), desk.counts.overflow), (1, 1));
+        desk.next_request().unwrap();
+        assert_eq!(desk.waiting_bytes, WAITING_BYTES - bytes);
+    }
+
+    #[test]
+    fn who_cuts_the_key_space_otherwise_is_counted_and_gets_no_answer() {
+        let mut desk = Desk::new(Partition::new(64).unwrap());
+        desk.take(message(Some(reply())), &Subjects::default(), &source());
+        assert_eq!((desk.counts.other_shards, desk.other_shards, desk.is_busy()), (1, Some(1), false));
+        for payload in [&[][..], &64u16.to_le_bytes(), &[7]] {
+            desk.take_hello(payload);
+        }
+        assert_eq!((desk.counts.hello, desk.counts.other_shards), (3, 1));
+        desk.take_hello(&256u16.to_le_bytes());
+        assert_eq!((desk.counts.hello, desk.counts.other_shards, desk.other_shards), (4, 2, Some(256)));
+    }
+
+    #[test]
     fn one_answer_is_sent_at_a_time_in_turns() {
-        let mut desk = Desk::default();
+        let mut desk = Desk::new(Partition::WHOLE);
         (0..2).for_each(|_| desk.take(message(Some(reply())), &Subjects::default(), &source()));
         let asked = desk.next_request().unwrap();
         let frames: Vec<Bytes> = (0..=TURN_FRAMES).map(|_| Bytes::from_static(b"1234")).collect();

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use kvatlas_bus::{Bus, BusMessage, Subscription};
 use kvatlas_proto::SourceId;
-use kvatlas_proto::subject::{Shard, Subjects};
+use kvatlas_proto::subject::Subjects;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
@@ -21,7 +21,7 @@ use super::requests::Desk;
 use super::state_file::{StateCounts, StateFile};
 use super::{EndpointConfig, HEARTBEAT, LINGER, Progress, STATE_INTERVAL};
 use crate::burst::Burst;
-use crate::source::{Live, Source, StateMark};
+use crate::source::{Live, Outgoing, Source, StateMark};
 use crate::zmq::{self, Connection};
 
 /// Shortest time between two heartbeats that somebody asked for.
@@ -90,6 +90,7 @@ struct Bursts {
     block_size: Burst,
     requests: Burst,
     save: Burst,
+    shards: Burst,
 }
 
 // === impl Worker ===
@@ -97,13 +98,14 @@ struct Bursts {
 impl Worker {
     pub(super) fn new(parts: Parts) -> Self {
         let now = Instant::now();
+        let desk = Desk::new(parts.source.partition());
         Self {
             parts,
             known_connection: 0,
             control: None,
             hello: None,
             listen_at: now,
-            desk: Desk::default(),
+            desk,
             flush_at: None,
             last_heartbeat: now,
             heartbeat_at: now,
@@ -319,11 +321,12 @@ impl Worker {
     }
 
     fn on_hello(&mut self, message: Option<&BusMessage>) {
-        if message.is_none() {
+        let Some(message) = message else {
             self.hello = None;
             return;
-        }
-        self.desk.counts.hello += 1;
+        };
+        self.desk.take_hello(&message.payload);
+        self.parts.source.owe_heartbeats();
         let span = HELLO_JITTER.as_nanos() as u64;
         let seed = format!("{} {}", self.parts.source.id(), wall_clock_ns());
         self.hurry_heartbeat(Duration::from_nanos(xxh3_64(seed.as_bytes()) % span));
@@ -340,8 +343,9 @@ impl Worker {
         if let Some(asked) = self.desk.next_request() {
             // An answer says what is held after the last published frame, so everything has to be published.
             self.flush(false).await;
-            if asked.request.epoch != self.parts.source.position().0 {
+            if asked.request.epoch != self.parts.source.epoch() {
                 self.desk.counts.other_epoch += 1;
+                self.parts.source.owe_heartbeat(asked.request.shard);
                 self.hurry_heartbeat(Duration::ZERO);
                 return;
             }
@@ -380,11 +384,11 @@ impl Worker {
             }
         };
         let Some(scope) = self.parts.source.scope() else { return };
-        let subject = self.parts.subjects.events(scope.token(), Shard::All, &self.parts.source.id());
-        for frame in frames {
+        let (scope, source) = (scope.token(), self.parts.source.id());
+        for Outgoing { shard, frame } in frames {
             self.frame_bytes += frame.len() as u64;
             self.frames += 1;
-            self.publish(subject.clone(), frame).await;
+            self.publish(self.parts.subjects.events(scope, shard, &source), frame).await;
         }
     }
 
@@ -418,7 +422,7 @@ impl Worker {
             state: self.parts.state,
             ..Progress::of(&self.parts.source, &self.parts.model)
         };
-        self.bursts.log(&progress);
+        self.bursts.log(&progress, self.desk.other_shards);
         self.parts.progress.send_replace(progress);
     }
 }
@@ -426,7 +430,7 @@ impl Worker {
 // === impl Bursts ===
 
 impl Bursts {
-    fn log(&mut self, progress: &Progress) {
+    fn log(&mut self, progress: &Progress, other_shards: Option<u16>) {
         let (now, source) = (Instant::now(), &progress.source);
         let undecodable: u64 = progress.counts.undecodable.iter().map(|(_, n)| n).sum();
         if let Some(count) = self.undecodable.note(undecodable, now) {
@@ -447,6 +451,15 @@ impl Bursts {
         }
         if let Some(count) = self.block_size.note(progress.mirror.block_size_mismatch, now) {
             tracing::warn!(%source, count, "the engine's block size is not the scope's; these blocks do not count");
+        }
+        if let (Some(theirs), ours) = (other_shards, progress.shards)
+            && let Some(count) = self.shards.note(progress.requests.other_shards, now)
+        {
+            tracing::warn!(
+                %source, count, ours, theirs,
+                "somebody cuts the key space into another number of shards and will not find this source; --shards must be \
+                 equal for every shim and server of the deployment"
+            );
         }
         let refused = progress.requests.malformed + progress.requests.overflow;
         if let Some(count) = self.requests.note(refused, now) {

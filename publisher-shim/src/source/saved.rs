@@ -1,7 +1,7 @@
 //! A source's state as bytes, and back. See [`crate::state`] for what is in it and what it is worth.
 
-use kvatlas_proto::frame::{FramePart, FrameView, OpBuffer};
-use kvatlas_proto::{Epoch, FrameSeq};
+use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FramePart, FrameView, OpBuffer};
+use kvatlas_proto::{Epoch, FrameSeq, Scope, ShardId};
 
 use super::{Source, SourceConfig};
 use crate::adapter::{self, Adapter};
@@ -42,19 +42,23 @@ impl Source {
     /// is not proved.
     pub fn save(&self) -> Result<Option<Vec<u8>>, SaveStateError> {
         let Some(scope) = self.scope.clone().filter(|_| !self.unproved) else { return Ok(None) };
-        let mut heartbeat = self.header(scope);
-        heartbeat.seq = FrameSeq(0);
-        heartbeat.digests = self.mirror.digests();
+        let heartbeats = self.config.partition.all().map(|shard| self.heartbeat(&scope, shard));
         let state = wire::State {
             identity: state::identity(&self.config),
             adapter: self.adapter.map_or(String::new(), |adapter| adapter.name().to_owned()),
-            heartbeat: heartbeat.encode(&mut OpBuffer::default())?,
+            heartbeats: heartbeats.collect::<Result<_, _>>()?,
             last: self.last,
             history: self.last.map_or(Vec::new(), |last| self.history.newest(last, SAVED_MESSAGES)),
             mirror: self.mirror.save(),
             repager: self.repager.as_ref().map(Repager::save),
         };
         state::seal(&state).map(Some)
+    }
+
+    fn heartbeat(&self, scope: &Scope, shard: ShardId) -> Result<Vec<u8>, EncodeFrameError> {
+        let digests = self.mirror.digests(shard).to_vec();
+        FrameHeader { seq: FrameSeq(0), digests, ..self.header(scope.clone(), shard) }
+            .encode(&mut OpBuffer::default())
     }
 
     /// A source that goes on where a saved one was. It publishes nothing until the engine's replay, from the beginning
@@ -64,16 +68,8 @@ impl Source {
     /// The epoch is newer than the saved one, whatever the clock says.
     pub fn restore(config: SourceConfig, bytes: &[u8], now_ns: u64) -> Result<Self, RestoreStateError> {
         let saved = state::open(bytes, &config)?;
-        let heartbeat = FrameView::parse(&saved.heartbeat)?;
-        let header = heartbeat.header();
-        let scope = &header.scope;
-        let same = scope.model() == config.model
-            && scope.tenant() == config.tenant
-            && header.source.instance == config.instance
-            && config.block_size.is_none_or(|size| size == scope.block_size());
-        if !same || header.part != FramePart::Live || header.epoch.0 > MAX_EPOCH {
-            return Err(RestoreStateError::Inconsistent("its heartbeat is not its own"));
-        }
+        let heartbeats = restore_heartbeats(saved, &config)?;
+        let header = &heartbeats[0];
         if config.rank.is_some_and(|rank| rank != header.source.rank) {
             return Err(RestoreStateError::Foreign { what: "rank" });
         }
@@ -86,7 +82,8 @@ impl Source {
             return Ok(source);
         }
         let (hasher, limits, removal) = (source.config.hasher, source.config.limits, source.config.removal);
-        source.mirror = Mirror::restore(hasher, limits, removal, header, &saved.mirror)?;
+        let partition = source.config.partition;
+        source.mirror = Mirror::restore(hasher, partition, limits, removal, &heartbeats, &saved.mirror)?;
         source.repager = match (source.config.block_size, saved.repager.as_ref()) {
             (Some(block), Some(repager)) => Some(Repager::restore(block, repager)?),
             (None, None) => None,
@@ -96,7 +93,7 @@ impl Source {
                 ));
             }
         };
-        source.base = source.mirror.digests();
+        source.new_epoch();
         source.mirror.expire(now_ns, &mut source.ops);
         source.last = saved.last.as_ref().map(|last| last.to_native());
         for applied in saved.history.iter().rev() {
@@ -133,4 +130,35 @@ fn restore_adapter(
         return Err(RestoreStateError::Foreign { what: "adapter" });
     }
     Ok(configured.or(known))
+}
+
+/// The heartbeats of a state, one per shard: at least one.
+fn restore_heartbeats(
+    saved: &wire::ArchivedState,
+    config: &SourceConfig,
+) -> Result<Vec<FrameHeader>, RestoreStateError> {
+    let not_its_own = RestoreStateError::Inconsistent("its heartbeats are not its own");
+    if saved.heartbeats.len() != usize::from(config.partition.shards()) {
+        return Err(not_its_own);
+    }
+    let mut headers: Vec<FrameHeader> = Vec::with_capacity(saved.heartbeats.len());
+    for (shard, heartbeat) in config.partition.all().zip(saved.heartbeats.iter()) {
+        let header = FrameView::parse(heartbeat)?.header().clone();
+        let scope = &header.scope;
+        let same = scope.model() == config.model
+            && scope.tenant() == config.tenant
+            && header.source.instance == config.instance
+            && config.block_size.is_none_or(|size| size == scope.block_size());
+        let as_expected =
+            header.shard == shard && header.part == FramePart::Live && header.epoch.0 <= MAX_EPOCH;
+        // They differ in nothing but shard and digests.
+        let like_first = headers.first().is_none_or(|first| {
+            FrameHeader { shard, digests: header.digests.clone(), ..first.clone() } == header
+        });
+        if !(same && as_expected && like_first) {
+            return Err(not_its_own);
+        }
+        headers.push(header);
+    }
+    Ok(headers)
 }

@@ -1,4 +1,4 @@
-//! Frames of the current epoch, kept to be sent again to whoever missed them.
+//! Frames of one lane of the current epoch, kept to be sent again to whoever missed them.
 
 use std::collections::VecDeque;
 
@@ -7,15 +7,15 @@ use kvatlas_proto::FrameSeq;
 
 use super::publish::PublishLimits;
 
-/// Most bytes of frames that are kept: about 1.5 million stored blocks, or half a minute of 50,000 blocks a second. Who missed
+/// Most bytes of frames that are kept of a source, over all lanes: about 1.5 million stored blocks, or half a minute of 50,000 blocks a second. Who missed
 /// more asks for what differs instead.
 pub const SENT_BYTES: usize = 16 << 20;
-/// Most frames that are kept: with a flush every 2 ms, half a minute.
+/// Most frames that are kept of a source, over all lanes: in one lane with a flush every 2 ms, half a minute.
 pub const SENT_FRAMES: usize = 16_384;
 /// Most frames of one answer; the asker asks for the rest. At full frames that is more than is kept.
 pub const ANSWER_FRAMES: usize = 4_096;
 
-/// The newest frames of the epoch, without a hole up to the last one published.
+/// The newest frames of the lane's epoch, without a hole up to the last one published.
 #[derive(Default)]
 pub(super) struct Sent {
     /// Sequence of the oldest frame kept, or of the next one if none is.

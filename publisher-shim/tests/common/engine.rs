@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use kvatlas_proto::{BlockKey, KeyHasher};
+use kvatlas_proto::shard::SEGMENT_BLOCKS;
+use kvatlas_proto::{BlockKey, KeyHasher, Partition};
 use proptest::prelude::*;
 
-use super::{Held, StoredEvent, cleared, removed};
+use super::{Held, Reader, StoredEvent, cleared, removed};
 
 pub const BLOCK: usize = 4;
 pub const PROMPTS: usize = 4;
 pub const BLOCKS: usize = 6;
 pub const MEDIA: [&str; 3] = ["GPU", "CPU", "STORAGE"];
 
-/// One step of an engine's life. Prompts share prefixes: prompt p's blocks before `p` are those of prompt 0.
+/// One step of an engine's life, in blocks after the engine's lead. Prompts share prefixes: prompt p's blocks before `p` are
+/// those of prompt 0.
 #[derive(Clone, Debug)]
 pub enum Step {
     /// Blocks 0..`blocks` of a prompt are computed on the GPU; those that exist already stay.
@@ -73,8 +75,19 @@ pub fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// The key space in one piece or cut, and how many blocks all prompts begin with: most prompts go over a cut.
+pub fn any_partition() -> impl Strategy<Value = (Partition, usize)> {
+    prop_oneof![
+        1 => prop_oneof![Just(0), Just(30)].prop_map(|lead| (Partition::WHOLE, lead)),
+        2 => (2..9u32, prop_oneof![Just(0), Just(30), Just(61)])
+            .prop_map(|(number, lead)| (super::shards(number), lead)),
+    ]
+}
+
 /// The naive model: an engine that counts copies in a map, and a shim that remembers which hashes it has seen tokens of.
 pub struct Engine {
+    /// Blocks with which all prompts begin.
+    pub lead: usize,
     pub life: u64,
     pub seq: u64,
     pub time: f64,
@@ -84,34 +97,65 @@ pub struct Engine {
 
 impl Engine {
     pub fn new() -> Self {
-        Self { life: 0, seq: 0, time: 1e9, copies: BTreeMap::new(), keys: BTreeMap::new() }
+        Self::deep(0)
     }
 
-    pub fn tokens(prompt: usize, block: usize) -> Vec<u32> {
-        let own = if block < prompt { 0 } else { prompt };
+    /// All prompts begin with so many blocks, after which steps take place.
+    pub fn deep(lead: usize) -> Self {
+        Self { lead, life: 0, seq: 0, time: 1e9, copies: BTreeMap::new(), keys: BTreeMap::new() }
+    }
+
+    pub fn tokens(&self, prompt: usize, block: usize) -> Vec<u32> {
+        let own = if block < self.lead + prompt { 0 } else { prompt };
         (0..BLOCK).map(|i| (own * 1_000 + block * BLOCK + i) as u32).collect()
     }
 
     pub fn hash(&self, prompt: usize, block: usize) -> u64 {
         let mut hash = self.life;
         for i in 0..=block {
-            for token in Self::tokens(prompt, i) {
+            for token in self.tokens(prompt, i) {
                 hash = (hash ^ u64::from(token)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
             }
         }
         hash
     }
 
-    pub fn key(prompt: usize, block: usize) -> BlockKey {
-        let tokens: Vec<u32> = (0..=block).flat_map(|i| Self::tokens(prompt, i)).collect();
-        *KeyHasher::default().chain(&tokens, BLOCK as u32).last().unwrap()
+    /// Keys of a prompt's blocks.
+    pub fn chain(&self, prompt: usize, blocks: usize) -> Vec<BlockKey> {
+        let tokens: Vec<u32> = (0..blocks).flat_map(|i| self.tokens(prompt, i)).collect();
+        KeyHasher::default().chain(&tokens, BLOCK as u32)
+    }
+
+    pub fn key(&self, prompt: usize, block: usize) -> BlockKey {
+        *self.chain(prompt, block + 1).last().unwrap()
+    }
+
+    /// Checks that a reader has each block in the shard, and under the parent, that follow from its prompt's keys.
+    pub fn check_places(&self, partition: Partition, reader: &Reader) {
+        let segment = if partition == Partition::WHOLE { usize::MAX } else { SEGMENT_BLOCKS as usize };
+        let mut places = BTreeMap::new();
+        for prompt in 0..PROMPTS {
+            let chain = self.chain(prompt, self.lead + BLOCKS);
+            for (depth, key) in chain.iter().enumerate() {
+                let first = depth - depth % segment;
+                let parent = if depth == first { KeyHasher::default().root() } else { chain[depth - 1] };
+                places.insert(key.0, (partition.shard_of(chain[first]), parent.0));
+            }
+        }
+        for lane in &reader.lanes {
+            for key in lane.held.values().flatten() {
+                let (shard, parent) = places[key];
+                assert_eq!(lane.shard.number(), shard, "a block lies in its segment's shard");
+                assert_eq!(reader.parents[key], parent, "a block follows what precedes it in its shard");
+            }
+        }
     }
 
     pub fn stored(&self, prompt: usize, blocks: std::ops::Range<usize>, medium: usize) -> StoredEvent {
         StoredEvent {
             hashes: blocks.clone().map(|b| self.hash(prompt, b)).collect(),
             parent: blocks.start.checked_sub(1).map(|b| self.hash(prompt, b)),
-            tokens: blocks.flat_map(|b| Self::tokens(prompt, b)).collect(),
+            tokens: blocks.flat_map(|b| self.tokens(prompt, b)).collect(),
             block_size: BLOCK as u32,
             medium: Some(MEDIA[medium]),
             ..StoredEvent::default()
@@ -124,17 +168,21 @@ impl Engine {
 
     /// Performs a step; returns the messages it publishes.
     pub fn step(&mut self, step: &Step) -> Vec<rmpv::Value> {
+        let lead = self.lead;
         match *step {
             Step::Compute { prompt, blocks } => {
+                let blocks = lead + blocks;
                 let first = (0..blocks).find(|&b| !self.copies.contains_key(&(0, self.hash(prompt, b))));
                 let Some(first) = first else { return vec![] };
-                for block in first..blocks {
+                let chain = self.chain(prompt, blocks);
+                for (block, key) in chain.iter().enumerate().skip(first) {
                     self.add(prompt, block, 0);
-                    self.keys.insert(self.hash(prompt, block), Self::key(prompt, block).0);
+                    self.keys.insert(self.hash(prompt, block), key.0);
                 }
                 vec![self.stored(prompt, first..blocks, 0).map()]
             }
             Step::Duplicate { prompt, block } => {
+                let block = lead + block;
                 if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
                     return vec![];
                 }
@@ -142,6 +190,7 @@ impl Engine {
                 vec![self.stored(prompt, block..block + 1, 0).map()]
             }
             Step::Offload { prompt, block, medium } => {
+                let block = lead + block;
                 // Offload follows from a block on the GPU.
                 if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
                     return vec![];
@@ -156,6 +205,7 @@ impl Engine {
                 vec![placeholder.map()]
             }
             Step::Describe { prompt, block, medium } => {
+                let block = lead + block;
                 if !self.copies.contains_key(&(0, self.hash(prompt, block))) {
                     return vec![];
                 }
@@ -163,7 +213,7 @@ impl Engine {
                 vec![self.stored(prompt, block..block + 1, medium).array()]
             }
             Step::Evict { prompt, block, medium } => {
-                let place = (medium, self.hash(prompt, block));
+                let place = (medium, self.hash(prompt, lead + block));
                 let Some(copies) = self.copies.get_mut(&place) else { return vec![] };
                 *copies -= 1;
                 if *copies == 0 {
