@@ -1,4 +1,4 @@
-//! `kvatlas sim`: the protocol under faults, simulated in virtual time.
+//! `kvatlas sim`: the protocol under faults, and how large a deployment can be, simulated in virtual time.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -8,7 +8,10 @@ use clap::{Args, Subcommand, value_parser};
 use kvatlas_loadtest::sim::{self, Counts, Sabotage, Totals, generate, run_seeds};
 use serde::Serialize;
 
+use crate::failure::Failure;
 use crate::output;
+
+mod scale;
 
 /// How long a failing scenario is made smaller.
 const SHRINK: Duration = Duration::from_secs(30);
@@ -27,6 +30,9 @@ enum What {
     /// Engines, shims and indexes that lose messages, are killed and get torn files: at no moment may an index claim
     /// what is not so, and once faults stop, all of them must be exact. Exit code 1 if a seed shows otherwise.
     Faults(FaultsArgs),
+    /// A fleet's blocks, events and queries through the real code, on one machine, and what follows for 10,000 pods: servers,
+    /// memory, bytes on the bus, and how evenly they are spread, against other ways of sharding.
+    Scale(scale::ScaleArgs),
 }
 
 #[derive(Args)]
@@ -83,9 +89,10 @@ struct FaultsReport<'a> {
 }
 
 /// Runs `sim`.
-pub fn run(args: &SimArgs) -> ExitCode {
+pub fn run(args: &SimArgs) -> Result<ExitCode, Failure> {
     match &args.what {
-        What::Faults(args) => faults(args),
+        What::Faults(args) => Ok(faults(args)),
+        What::Scale(args) => scale::run(args),
     }
 }
 

@@ -168,7 +168,8 @@ impl Fleet {
     }
 
     fn route(&mut self, prompt: &[Block]) -> u16 {
-        let known = prompt.iter().enumerate().rev().find_map(|(at, block)| Some((at, self.forest.served(*block)?)));
+        let known =
+            prompt.iter().enumerate().rev().find_map(|(at, block)| Some((at, self.forest.served(*block)?)));
         let mean = self.running.iter().sum::<usize>() / self.running.len();
         let is_busy = |pod: u16| self.running[usize::from(pod)] > BUSY * mean + NEVER_BUSY;
         match known {
@@ -229,7 +230,8 @@ mod tests {
     fn fleet(seed: u64) -> Fleet {
         let mut forest = Forest::new();
         let chats = Chats::new(ChatConfig::zipf(40, seed), &mut forest, seed);
-        let config = FleetConfig { pods: 8, blocks_per_pod: 6_000, operations_per_pod: 1_000, block_tokens: 16 };
+        let config =
+            FleetConfig { pods: 8, blocks_per_pod: 6_000, operations_per_pod: 1_000, block_tokens: 16 };
         Fleet::new(config, forest, Box::new(chats), seed)
     }
 

@@ -147,7 +147,8 @@ impl Requests for Replay {
         let at = self.random.random_range(0..self.open.len());
         let (number, next) = (self.open[at].conversation, self.open[at].next);
         let conversation = &self.recording.conversations[number];
-        let (recorded, following) = (conversation.requests[next], conversation.requests.get(next + 1).copied());
+        let (recorded, following) =
+            (conversation.requests[next], conversation.requests.get(next + 1).copied());
         let over = following.is_none();
         let per_id = self.recording.blocks_per_id;
         let path = conversation.path(recorded.last);

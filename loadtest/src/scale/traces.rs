@@ -115,10 +115,7 @@ pub(super) fn agents(folder: Option<&Path>, open: usize, seed: u64) -> Result<So
     })
 }
 
-fn read_lines<T: DeserializeOwned>(
-    path: &Path,
-    mut with: impl FnMut(T),
-) -> Result<(), ReadTraceError> {
+fn read_lines<T: DeserializeOwned>(path: &Path, mut with: impl FnMut(T)) -> Result<(), ReadTraceError> {
     let content = read_file(path, MAX_TRACE_BYTES)?;
     for (at, line) in content.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
         let bad = |source| ReadTraceError::Line { path: path.to_owned(), line: at + 1, source };

@@ -4,7 +4,9 @@
 //! of the shim: one per lane and second, and where nothing is new every second time.
 
 use bytes::Bytes;
-use kvatlas_proto::frame::{EncodeFrameError, FrameHeader, FrameOwner, FramePart, OpBuffer, ReplyPart, SourceHealth};
+use kvatlas_proto::frame::{
+    EncodeFrameError, FrameHeader, FrameOwner, FramePart, OpBuffer, ReplyPart, SourceHealth,
+};
 use kvatlas_proto::keys::{KEY_VERSION, KeyVariant};
 use kvatlas_proto::request::RequestId;
 use kvatlas_proto::scope::InvalidScopeError;
@@ -55,10 +57,12 @@ pub(super) struct Publishers {
     subject_bytes: u64,
     beat: u64,
     root: BlockKey,
+    /// Nobody gets the frames, so what digests say makes no difference.
+    only_counts: bool,
     pub(super) traffic: Traffic,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Lane {
     next: FrameSeq,
     digest: Digest,
@@ -111,14 +115,24 @@ impl Publishers {
         Ok(Self {
             partition,
             pods: headers,
-            lanes: vec![Lane::default(); pods * shards],
+            lanes: vec![Lane { next: FrameSeq(0), digest: Digest::default(), told: None }; pods * shards],
             waiting: vec![OpBuffer::default(); shards],
             concerned: Vec::new(),
             subject_bytes,
             beat: 0,
             root,
+            only_counts: false,
             traffic: Traffic::default(),
         })
+    }
+
+    /// The same for who only counts what they send. They may come in at any time.
+    pub(super) fn counting(
+        pods: usize,
+        partition: Partition,
+        root: BlockKey,
+    ) -> Result<Self, InvalidScopeError> {
+        Ok(Self { only_counts: true, ..Self::new(pods, partition, root)? })
     }
 
     /// The starts of all lanes of a pod that holds nothing.
@@ -160,14 +174,17 @@ impl Publishers {
             if waiting.is_empty() {
                 self.concerned.push(shard);
             }
-            let digest = &mut self.lanes[pod * usize::from(self.partition.shards()) + usize::from(shard)].digest;
+            let digest =
+                &mut self.lanes[pod * usize::from(self.partition.shards()) + usize::from(shard)].digest;
             let key = forest.key(block);
-            if matches!(change, Change::Stored(_)) {
-                waiting.stored(0, parent_in_shard(forest, self.root, block), key);
-                digest.add(key);
-            } else {
-                waiting.removed(0, key);
-                digest.remove(key);
+            match change {
+                Change::Stored(_) => waiting.stored(0, parent_in_shard(forest, self.root, block), key),
+                Change::Removed(_) => waiting.removed(0, key),
+            }
+            match change {
+                _ if self.only_counts => {}
+                Change::Stored(_) => digest.add(key),
+                Change::Removed(_) => digest.remove(key),
             }
             self.traffic.operations += 1;
         }
