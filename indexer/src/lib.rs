@@ -10,7 +10,10 @@
 //! The shell around it is [`IndexServer`]: it reads frames from a bus, serves gRPC and a small HTTP port, and ends
 //! leases.
 
+mod access;
+mod admission;
 mod answer;
+mod auth;
 mod bits;
 mod burst;
 mod changes;
@@ -19,8 +22,10 @@ mod checkpoint_file;
 mod clock;
 pub mod cluster;
 pub mod engine;
+mod guard;
 mod held;
 mod http;
+mod incoming;
 mod index;
 mod ingest;
 pub mod matching;
@@ -36,7 +41,9 @@ mod session;
 mod slots;
 pub mod sources;
 mod status;
+mod tls;
 mod trust;
+mod watched;
 
 // Shared with the integration tests, where `pub` is needed.
 #[cfg(test)]
@@ -44,12 +51,15 @@ mod trust;
 #[path = "../tests/common/frames.rs"]
 mod frames;
 
+pub use admission::{DEFAULT_MAX_INFLIGHT, MAX_ADMISSION_WAIT};
+pub use auth::{MAX_CREDENTIALS, MAX_IDENTITIES, MAX_TOKEN_BYTES};
 pub use bits::Bits;
 pub use checkpoint::{CHECKPOINT_VERSION, CheckpointSize, ReadCheckpointError};
 pub use checkpoint_file::{CHECKPOINT_INTERVAL, CheckpointConfig};
 pub use cluster::{ClusterConfig, SHARD_TIMEOUT};
 pub use held::{HELD_BYTES, HELD_FRAMES, RecoveryLimits};
 pub use http::{HttpServer, ListenError};
+pub use incoming::DEFAULT_MAX_CONNECTIONS;
 pub use index::{
     Applied, BlockSizeMismatch, DEFAULT_MAX_BLOCKS, DEFAULT_MAX_OWNERS, DEFAULT_MAX_SCOPES,
     DEFAULT_MAX_SOURCES_PER_SCOPE, DumpOwner, Expired, Index, IndexLimits, IndexTotals, LimitReached,
@@ -59,10 +69,12 @@ pub use outcome::{REMEMBERED_REQUESTS, REMEMBERED_ROWS};
 pub use query::{PromptInput, ScoreAnswer, ScoreQuery, ScoreRow};
 pub use request::{
     MAX_CANDIDATES, MAX_MULTIMODAL_ITEMS, MAX_PROMPT_BLOCKS, MAX_PROMPT_KEYS, MAX_PROMPT_TOKENS,
-    MAX_REQUEST_NAME_BYTES,
+    MAX_REQUEST_NAME_BYTES, RequestLimits,
 };
 pub use server::{
     DISCOVERY, DRAIN_TIMEOUT, IndexServer, IndexServerConfig, MAX_REQUEST_BYTES, MAX_STREAMS_PER_CONNECTION,
-    RunningIndexServer, StartError,
+    RunningIndexServer, ServingLimits, StartError,
 };
 pub use service::{DUMP_CHUNK_KEYS, MAX_OPEN_DUMPS, MAX_OPEN_SCORE_STREAMS};
+pub use tls::TlsFiles;
+pub use watched::{MAX_WATCHED_BYTES, RELOAD_INTERVAL, WatchedFileError};

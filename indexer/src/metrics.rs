@@ -10,6 +10,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::admission::OverloadError;
 use crate::index::{Applied, IndexTotals};
 use crate::outcome::{Outcome, Unreported};
 use crate::sources::{DegradedReason, SourceState, Verdict};
@@ -29,6 +30,13 @@ pub(crate) struct KindLabel {
 /// How something ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct ResultLabel {
+    result: &'static str,
+}
+
+/// What was read again and how that ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReloadLabel {
+    what: &'static str,
     result: &'static str,
 }
 
@@ -86,6 +94,11 @@ pub(crate) struct Metrics {
     pub(crate) checkpoint_duration: Gauge<f64, AtomicU64>,
     pub(crate) calls: Family<CallLabel, Counter>,
     pub(crate) lookup: LookupHistogram,
+    pub(crate) connections_refused: Family<ReasonLabel, Counter>,
+    pub(crate) unauthenticated: Family<ReasonLabel, Counter>,
+    pub(crate) denied: Family<ReasonLabel, Counter>,
+    overload: Family<ReasonLabel, Counter>,
+    reloads: Family<ReloadLabel, Counter>,
     outcomes: Family<KindLabel, Counter>,
     outcome_error: OutcomeHistograms,
     outcome_predicted_tokens: Counter,
@@ -218,6 +231,22 @@ impl Metrics {
                 &self.checkpoint_refused,
             ),
             (
+                "connections_refused",
+                "Connections to the gRPC port that were not taken: over the limit, or the TLS handshake failed",
+                &self.connections_refused,
+            ),
+            (
+                "unauthenticated",
+                "Calls of nobody who is known, by what is wrong with their credentials",
+                &self.unauthenticated,
+            ),
+            ("denied", "Calls that the caller may not make, by what is missing", &self.denied),
+            (
+                "overload",
+                "Calls that were not answered: at the admission limit (full, waited) or after their deadline",
+                &self.overload,
+            ),
+            (
                 "sources_expired",
                 "Sources that were marked as silent, whose lease ended (gone), or that were dropped",
                 &self.sources_expired,
@@ -247,6 +276,11 @@ impl Metrics {
             self.transfers.clone(),
         );
         registry.register("calls", "gRPC calls, and requests inside streams, by result", self.calls.clone());
+        registry.register(
+            "reloads",
+            "Files that changed and were taken in, or could not be used (what was in force before stays)",
+            self.reloads.clone(),
+        );
         registry.register_with_unit(
             "lookup",
             "Time of a score look-up on the server, without the network",
@@ -368,6 +402,22 @@ impl Metrics {
                 self.outcome_unreported.get_or_create(&ReasonLabel { reason }).inc_by(count);
             }
         }
+    }
+
+    /// Counts a call that overload left without an answer.
+    pub(crate) fn count_overload(&self, error: &OverloadError) {
+        let reason = match error {
+            OverloadError::Full { .. } => "full",
+            OverloadError::Waited { .. } => "waited",
+            OverloadError::Deadline => "deadline",
+        };
+        self.overload.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts a file that changed.
+    pub(crate) fn count_reload(&self, what: &'static str, taken: bool) {
+        let result = if taken { "taken" } else { "refused" };
+        self.reloads.get_or_create(&ReloadLabel { what, result }).inc();
     }
 
     pub(crate) fn count_call(&self, call: &'static str, result: &'static str) {

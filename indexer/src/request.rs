@@ -23,6 +23,15 @@ pub const MAX_MULTIMODAL_ITEMS: usize = 1_024;
 /// Longest name of a reported request, bytes. It is only logged.
 pub const MAX_REQUEST_NAME_BYTES: usize = 128;
 
+/// Bounds of requests that an operator may set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Token ids of a prompt.
+    pub prompt_tokens: usize,
+    /// Candidates of a request.
+    pub candidates: usize,
+}
+
 /// What an engine said about a request, and what that can be compared with.
 #[derive(Clone, Debug)]
 pub(crate) struct OutcomeReport<'a> {
@@ -58,8 +67,8 @@ pub(crate) enum RequestError {
     BlockSize(u32),
     #[error("block_size is missing: block_keys and suffix need the size that their keys were computed with")]
     BlockSizeMissing,
-    #[error("prompt has {0} token ids: give at most {MAX_PROMPT_TOKENS}")]
-    TooManyTokens(usize),
+    #[error("prompt has {given} token ids: give at most {most}, or raise --max-prompt-tokens")]
+    TooManyTokens { given: usize, most: usize },
     #[error("prompt has {0} block keys: give at most {MAX_PROMPT_KEYS}")]
     TooManyKeys(usize),
     #[error(
@@ -74,8 +83,8 @@ pub(crate) enum RequestError {
     TooManyItems(usize),
     #[error("multimodal item {0} has length 0: give its number of placeholder tokens, at least 1")]
     EmptyItem(usize),
-    #[error("request has {0} candidates: give at most {MAX_CANDIDATES}")]
-    TooManyCandidates(usize),
+    #[error("request has {given} candidates: give at most {most}, or raise --max-candidates")]
+    TooManyCandidates { given: usize, most: usize },
     #[error(
         "weights: tier {0} is not one that can have a weight: give TIER_GPU, TIER_CPU, TIER_SSD or TIER_REMOTE"
     )]
@@ -100,13 +109,22 @@ pub(crate) enum RequestError {
     LengthMissing,
 }
 
+// === impl RequestLimits ===
+
+impl Default for RequestLimits {
+    fn default() -> Self {
+        Self { prompt_tokens: MAX_PROMPT_TOKENS, candidates: MAX_CANDIDATES }
+    }
+}
+
 /// Checks a score request. `weights` are the server's, for tiers that the request does not list.
 pub(crate) fn score_query(
     request: &pb::ScoreRequest,
     weights: TierWeights,
+    limits: RequestLimits,
 ) -> Result<ScoreQuery<'_>, RequestError> {
     let prompt = request.prompt.as_ref().ok_or(RequestError::PromptMissing)?;
-    let query = prompt_query(prompt, &request.candidates, weights)?;
+    let query = prompt_query(prompt, &request.candidates, weights, limits)?;
     Ok(ScoreQuery {
         weights: request.weights.iter().try_fold(weights, with_weight)?,
         limit: (request.limit > 0).then_some(request.limit as usize),
@@ -118,19 +136,21 @@ pub(crate) fn score_query(
 pub(crate) fn outcome_report(
     request: &pb::ReportOutcomeRequest,
     weights: TierWeights,
+    limits: RequestLimits,
 ) -> Result<OutcomeReport<'_>, RequestError> {
     if request.request.len() > MAX_REQUEST_NAME_BYTES {
         return Err(RequestError::RequestName(request.request.len()));
     }
     InstanceId::new(request.instance.as_str())?;
     let candidate = std::slice::from_ref(&request.instance);
+    let lookup = |prompt| prompt_query(prompt, candidate, weights, limits);
     let report = OutcomeReport {
         instance: &request.instance,
         rank: request.data_parallel_rank,
         reported: request.cached_tokens.ok_or(RequestError::CachedTokensMissing)?,
         request_id: (request.request_id != 0).then_some(request.request_id),
         predicted: request.predicted_tokens,
-        lookup: request.prompt.as_ref().map(|prompt| prompt_query(prompt, candidate, weights)).transpose()?,
+        lookup: request.prompt.as_ref().map(lookup).transpose()?,
     };
     if report.request_id.is_none() && report.predicted.is_none() && report.lookup.is_none() {
         return Err(RequestError::PredictionMissing);
@@ -142,15 +162,33 @@ fn prompt_query<'a>(
     prompt: &'a pb::Prompt,
     candidates: &'a [String],
     weights: TierWeights,
+    limits: RequestLimits,
 ) -> Result<ScoreQuery<'a>, RequestError> {
     check_scope(&prompt.model, &prompt.tenant)?;
-    if candidates.len() > MAX_CANDIDATES {
-        return Err(RequestError::TooManyCandidates(candidates.len()));
+    if candidates.len() > limits.candidates {
+        return Err(RequestError::TooManyCandidates { given: candidates.len(), most: limits.candidates });
     }
     let block_size = optional_block_size(prompt.block_size)?;
-    let input = prompt_input(prompt, block_size)?;
+    let input = prompt_input(prompt, block_size, limits)?;
     let (model, tenant) = (prompt.model.as_str(), prompt.tenant.as_str());
     Ok(ScoreQuery { model, tenant, block_size, input, candidates, weights, limit: None })
+}
+
+/// Token ids or keys, weighed by what else is looked at for each of them, above which a look-up takes milliseconds: 32,768
+/// tokens of a plain prompt, which is 2,048 of the usual blocks and up to 32,768 of the smallest.
+const LARGE_PROMPT_WORK: usize = 4_096;
+
+/// Whether the look-up of this prompt takes long enough to be in the way of others.
+pub(crate) fn is_large(prompt: &pb::Prompt) -> bool {
+    let (tokens, keys) = match &prompt.input {
+        Some(pb::prompt::Input::TokenIds(tokens)) => (tokens.ids.len(), 0),
+        Some(pb::prompt::Input::BlockKeys(block_keys)) => (0, block_keys.keys.len()),
+        Some(pb::prompt::Input::Suffix(suffix)) => (0, suffix.keys.len()),
+        None => (0, 0),
+    };
+    // A multimodal item is compared with every block.
+    let blocks_at_most = tokens / 8;
+    keys + blocks_at_most + blocks_at_most.saturating_mul(prompt.multimodal.len()) / 4 >= LARGE_PROMPT_WORK
 }
 
 /// Checks a list request.
@@ -177,7 +215,8 @@ pub(crate) fn dump_filter(request: pb::DumpRequest) -> Result<OwnerFilter, Reque
     })
 }
 
-fn check_scope(model: &str, tenant: &str) -> Result<(), RequestError> {
+/// Checks the names of a key space.
+pub(crate) fn check_scope(model: &str, tenant: &str) -> Result<(), RequestError> {
     if model.is_empty() || model.len() > MAX_MODEL_BYTES {
         return Err(RequestError::Model(model.len()));
     }
@@ -195,11 +234,16 @@ fn optional_block_size(block_size: u32) -> Result<Option<u32>, RequestError> {
     }
 }
 
-fn prompt_input(prompt: &pb::Prompt, block_size: Option<u32>) -> Result<PromptInput<'_>, RequestError> {
+fn prompt_input(
+    prompt: &pb::Prompt,
+    block_size: Option<u32>,
+    limits: RequestLimits,
+) -> Result<PromptInput<'_>, RequestError> {
     match prompt.input.as_ref().ok_or(RequestError::InputMissing)? {
         pb::prompt::Input::TokenIds(tokens) => {
-            if tokens.ids.len() > MAX_PROMPT_TOKENS {
-                return Err(RequestError::TooManyTokens(tokens.ids.len()));
+            let (given, most) = (tokens.ids.len(), limits.prompt_tokens);
+            if given > most {
+                return Err(RequestError::TooManyTokens { given, most });
             }
             Ok(PromptInput::Tokens { ids: &tokens.ids, extras: extras(prompt)? })
         }
@@ -316,14 +360,14 @@ mod tests {
         let mut prompt = request.prompt.take().unwrap();
         change(&mut request, &mut prompt);
         request.prompt = Some(prompt);
-        score_query(&request, TierWeights::default()).unwrap_err()
+        score_query(&request, TierWeights::default(), RequestLimits::default()).unwrap_err()
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let weights = TierWeights::default();
         assert_eq!(
-            score_query(&pb::ScoreRequest::default(), weights).unwrap_err(),
+            score_query(&pb::ScoreRequest::default(), weights, RequestLimits::default()).unwrap_err(),
             RequestError::PromptMissing
         );
         assert_eq!(refused(tokens(1), |_, prompt| prompt.input = None), RequestError::InputMissing);
@@ -335,12 +379,13 @@ mod tests {
 
     #[test]
     fn limits_are_inclusive() {
-        let ok = |input| score_query(&request(input), TierWeights::default()).map(|_| ());
+        let limits = RequestLimits::default();
+        let ok = |input| score_query(&request(input), TierWeights::default(), limits).map(|_| ());
         assert_eq!(ok(tokens(0)), Ok(()));
         assert_eq!(ok(tokens(MAX_PROMPT_TOKENS)), Ok(()));
         assert_eq!(
             ok(tokens(MAX_PROMPT_TOKENS + 1)),
-            Err(RequestError::TooManyTokens(MAX_PROMPT_TOKENS + 1))
+            Err(RequestError::TooManyTokens { given: MAX_PROMPT_TOKENS + 1, most: MAX_PROMPT_TOKENS })
         );
         assert_eq!(ok(keys(MAX_PROMPT_KEYS)), Ok(()));
         assert_eq!(ok(keys(MAX_PROMPT_KEYS + 1)), Err(RequestError::TooManyKeys(MAX_PROMPT_KEYS + 1)));
@@ -359,7 +404,7 @@ mod tests {
         );
         assert_eq!(
             refused(tokens(1), |request, _| request.candidates = vec![String::new(); MAX_CANDIDATES + 1]),
-            RequestError::TooManyCandidates(MAX_CANDIDATES + 1)
+            RequestError::TooManyCandidates { given: MAX_CANDIDATES + 1, most: MAX_CANDIDATES }
         );
         assert_eq!(
             refused(keys(4), |_, prompt| prompt.prompt_tokens = 63),
@@ -382,7 +427,8 @@ mod tests {
         let weight = |tier: pb::Tier, weight| pb::TierWeight { tier: tier.into(), weight };
         let mut good = request(tokens(1));
         good.weights = vec![weight(pb::Tier::Cpu, 0.1)];
-        let weights = score_query(&good, TierWeights::default()).unwrap().weights;
+        let limits = RequestLimits::default();
+        let weights = score_query(&good, TierWeights::default(), limits).unwrap().weights;
         assert_eq!((weights.of(Tier::Cpu), weights.of(Tier::Gpu)), (0.1, 1.0));
         for tier in [pb::Tier::Unspecified, pb::Tier::Unknown] {
             let error = refused(tokens(1), |request, _| request.weights = vec![weight(tier, 0.5)]);
@@ -390,6 +436,45 @@ mod tests {
         }
         let error = refused(tokens(1), |request, _| request.weights = vec![weight(pb::Tier::Gpu, 1.5)]);
         assert!(error.to_string().contains("1.5") && error.to_string().contains("gpu"), "{error}");
+    }
+
+    #[test]
+    fn what_is_large_counts_tokens_keys_and_items() {
+        let large = |input, items: usize| {
+            let mut prompt = request(input).prompt.unwrap();
+            prompt.multimodal = vec![pb::MultimodalItem::default(); items];
+            is_large(&prompt)
+        };
+        for (input, items, expected) in [
+            (tokens(32_767), 0, false),
+            (tokens(32_768), 0, true),
+            (keys(4_095), 0, false),
+            (keys(4_096), 0, true),
+            (suffix(1, 4_096), 0, true),
+            (tokens(8_192), 10, false),
+            (tokens(8_192), 16, true),
+        ] {
+            assert_eq!(large(input, items), expected, "{items} items");
+        }
+        assert!(!is_large(&pb::Prompt::default()));
+    }
+
+    #[test]
+    fn an_operators_limits_replace_the_defaults_and_are_named() {
+        let limits = RequestLimits { prompt_tokens: 3, candidates: 1 };
+        let check = |request: &pb::ScoreRequest| {
+            score_query(request, TierWeights::default(), limits)
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        let mut request = request(tokens(3));
+        request.candidates = vec!["a:1".into()];
+        assert_eq!(check(&request), Ok(()));
+        request.candidates.push("b:1".into());
+        assert!(check(&request).unwrap_err().contains("--max-candidates"));
+        request.candidates.clear();
+        request.prompt.as_mut().unwrap().input = Some(tokens(4));
+        assert!(check(&request).unwrap_err().contains("--max-prompt-tokens"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
+use std::num::NonZero;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,27 +23,32 @@ use tokio_util::sync::CancellationToken;
 use tonic::codec::CompressionEncoding;
 use tonic::server::NamedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::access::Access;
+use crate::admission::{Admission, DEFAULT_MAX_INFLIGHT};
 use crate::checkpoint_file::{self, CheckpointConfig};
 use crate::clock::Clock;
 use crate::cluster::{self, ClusterConfig};
+use crate::guard::Guard;
 use crate::http::{self, HttpState, ListenError, listen};
+use crate::incoming::{Acceptor, DEFAULT_MAX_CONNECTIONS};
 use crate::index::{Index, IndexLimits};
 use crate::ingest::{
     Ingest, IngestLog, OWNED_QUEUE, Owned, REQUEST_QUEUE, TaggedSubscription, end_leases, send_requests,
 };
 use crate::matching::TierWeights;
 use crate::metrics::Metrics;
-use crate::request::MAX_PROMPT_TOKENS;
-use crate::service::AtlasService;
+use crate::request::{MAX_PROMPT_TOKENS, RequestLimits};
+use crate::service::{AtlasService, Parts};
+use crate::tls::TlsFiles;
+use crate::watched::WatchedFileError;
 
-/// Largest request, bytes: the most token ids at five bytes each (the longest varint of 32 bits), and a mebibyte for
+/// Largest request, bytes, by default: the most token ids at five bytes each (the longest varint of 32 bits), and a mebibyte for
 /// candidates and multimodal items.
 pub const MAX_REQUEST_BYTES: usize = MAX_PROMPT_TOKENS * 5 + (1 << 20);
-/// Calls open on one connection. Gateways use few connections with many calls; a caller that needs more opens another.
+/// Calls open on one connection, by default. Gateways use few connections with many calls; a caller that needs more opens another.
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 /// Silence on a connection after which the peer is probed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -78,10 +85,31 @@ pub struct IndexServerConfig {
     /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
     /// start after the server, in the same process.
     pub discovery: Duration,
+    /// TLS of the gRPC port; `None`: plain text.
+    pub tls: Option<TlsFiles>,
+    /// TOML file that says who may ask what; `None`: everybody may ask everything.
+    pub auth_file: Option<PathBuf>,
+    /// How much callers may ask for.
+    pub serving: ServingLimits,
     /// Where what is held is written down, for the next start; `None`: nowhere.
     pub checkpoint: Option<CheckpointConfig>,
     /// Which part of the key space is this server's; `None`: all of it, in one piece.
     pub cluster: Option<ClusterConfig>,
+}
+
+/// How much callers of the gRPC port may ask for. At a bound the call is refused with its name and counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServingLimits {
+    /// Bytes of a request.
+    pub request_bytes: usize,
+    /// What a request may hold.
+    pub request: RequestLimits,
+    /// Calls open on one connection.
+    pub streams_per_connection: u32,
+    /// Connections at a time; more are closed at once.
+    pub connections: usize,
+    /// Calls in flight on all connections; as many wait for a moment, more are refused.
+    pub inflight: usize,
 }
 
 /// Starts index servers.
@@ -104,6 +132,9 @@ pub enum StartError {
     /// An address cannot be listened on.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// A file with certificates or identities cannot be used.
+    #[error(transparent)]
+    File(#[from] WatchedFileError),
     /// The bus refused the subscription.
     #[error("cannot subscribe to {filter} on {bus}: {source}")]
     Subscribe {
@@ -132,8 +163,25 @@ impl IndexServerConfig {
             key_seed: KeySeed::PUBLISHED,
             weights: TierWeights::default(),
             discovery: Duration::ZERO,
+            tls: None,
+            auth_file: None,
+            serving: ServingLimits::default(),
             checkpoint: None,
             cluster: None,
+        }
+    }
+}
+
+// === impl ServingLimits ===
+
+impl Default for ServingLimits {
+    fn default() -> Self {
+        Self {
+            request_bytes: MAX_REQUEST_BYTES,
+            request: RequestLimits::default(),
+            streams_per_connection: MAX_STREAMS_PER_CONNECTION,
+            connections: DEFAULT_MAX_CONNECTIONS,
+            inflight: DEFAULT_MAX_INFLIGHT,
         }
     }
 }
@@ -148,7 +196,12 @@ impl IndexServer {
         bus: Arc<dyn Bus>,
         mut registry: Registry,
     ) -> Result<RunningIndexServer, StartError> {
+        let metrics = Arc::new(Metrics::default());
+        let (clock, stop) = (Clock::start(), CancellationToken::new());
+        let mut tasks = JoinSet::new();
+        let access = Access::open(config.tls.as_ref(), config.auth_file, &metrics, &stop, &mut tasks)?;
         let (grpc_listener, grpc_addr) = listen("gRPC", config.grpc_listen).await?;
+        access.warn_if_open(grpc_addr);
         let http = match config.http_listen {
             Some(address) => Some(listen("HTTP", address).await?),
             None => None,
@@ -181,8 +234,6 @@ impl IndexServer {
             let owned = Owned { shards: vec![ShardId::WHOLE], subscriptions: vec![whole] };
             owned_in.try_send(owned).expect("nothing was sent before");
         }
-        let metrics = Arc::new(Metrics::default());
-        let (clock, stop) = (Clock::start(), CancellationToken::new());
         if let Some(checkpoint) = &config.checkpoint {
             // Events that arrive meanwhile wait in the subscription.
             checkpoint_file::load(&index, &checkpoint.path, clock.now_ms(), &metrics);
@@ -191,7 +242,6 @@ impl IndexServer {
         let readiness = Readiness { ready: watch::Sender::new(false), health: health.clone() };
         let ready = readiness.ready.subscribe();
         readiness.set(config.discovery.is_zero() && config.cluster.is_none()).await;
-        let mut tasks = JoinSet::new();
         let mut cluster_metrics = None;
         let coordinator = match &config.cluster {
             None => None,
@@ -273,20 +323,27 @@ impl IndexServer {
             tasks.spawn(http::serve(listener, state, stop.clone()));
         }
 
-        let service = AtlasService::new(
-            Arc::clone(&index),
+        let serving = config.serving;
+        let admission = Admission::of_calls(serving.inflight);
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let service = AtlasService::new(Parts {
+            index: Arc::clone(&index),
             coordinator,
-            config.weights,
-            metrics,
+            weights: config.weights,
+            limits: serving.request,
+            metrics: Arc::clone(&metrics),
             clock,
             ready,
-            stop.clone(),
-        );
+            admission: admission.clone(),
+            large: Admission::of_large(processors),
+            stop: stop.clone(),
+        });
         let atlas = AtlasServer::new(service)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_decoding_message_size(serving.request_bytes)
             .accept_compressed(CompressionEncoding::Gzip);
+        let atlas = Guard::new(atlas, access.gate, admission);
         let grpc = Server::builder()
-            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+            .max_concurrent_streams(serving.streams_per_connection)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
@@ -295,7 +352,8 @@ impl IndexServer {
             .add_service(reflection_v1)
             .add_service(reflection_v1alpha)
             .add_service(atlas);
-        let incoming = TcpIncoming::from(grpc_listener).with_nodelay(Some(true));
+        let acceptor = Acceptor { tls: access.tls, max_connections: serving.connections, metrics, clock };
+        let incoming = acceptor.start(grpc_listener, stop.clone(), &mut tasks);
         let stopped = stop.clone().cancelled_owned();
         tasks.spawn(async move {
             if let Err(error) = grpc.serve_with_incoming_shutdown(incoming, stopped).await {

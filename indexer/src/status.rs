@@ -3,6 +3,8 @@
 use kvatlas_proto::grpc as pb;
 use tonic::{Code, Status};
 
+use crate::admission::OverloadError;
+use crate::auth::{DeniedError, UnknownCallerError};
 use crate::index::BlockSizeMismatch;
 use crate::request::RequestError;
 
@@ -59,10 +61,10 @@ pub(crate) struct NotAnsweredError {
 #[error("this server is stopping: open the stream again, on another server")]
 pub(crate) struct StoppingError;
 
-/// Reading an owner's keys for a dump was abandoned half-way.
+/// Work that was handed to another thread was abandoned half-way.
 #[derive(Debug, thiserror::Error)]
-#[error("the dump was interrupted: ask again")]
-pub(crate) struct DumpInterruptedError;
+#[error("the work was interrupted, as at a shutdown: ask again")]
+pub(crate) struct InterruptedError;
 
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
@@ -89,6 +91,29 @@ impl From<OutcomeError> for Status {
     }
 }
 
+impl From<UnknownCallerError> for Status {
+    fn from(error: UnknownCallerError) -> Self {
+        Self::unauthenticated(error.to_string())
+    }
+}
+
+impl From<DeniedError> for Status {
+    fn from(error: DeniedError) -> Self {
+        Self::permission_denied(error.to_string())
+    }
+}
+
+impl From<OverloadError> for Status {
+    fn from(error: OverloadError) -> Self {
+        match error {
+            OverloadError::Full { .. } | OverloadError::Waited { .. } => {
+                Self::resource_exhausted(error.to_string())
+            }
+            OverloadError::Deadline => Self::deadline_exceeded(error.to_string()),
+        }
+    }
+}
+
 impl From<AdmissionError> for Status {
     fn from(error: AdmissionError) -> Self {
         Self::resource_exhausted(error.to_string())
@@ -107,8 +132,8 @@ impl From<StoppingError> for Status {
     }
 }
 
-impl From<DumpInterruptedError> for Status {
-    fn from(error: DumpInterruptedError) -> Self {
+impl From<InterruptedError> for Status {
+    fn from(error: InterruptedError) -> Self {
         Self::internal(error.to_string())
     }
 }
@@ -125,6 +150,9 @@ pub(crate) fn code_name(code: Code) -> &'static str {
         Code::InvalidArgument => "invalid_argument",
         Code::NotFound => "not_found",
         Code::FailedPrecondition => "failed_precondition",
+        Code::DeadlineExceeded => "deadline_exceeded",
+        Code::PermissionDenied => "permission_denied",
+        Code::Unauthenticated => "unauthenticated",
         Code::ResourceExhausted => "resource_exhausted",
         Code::Unimplemented => "unimplemented",
         Code::Unavailable => "unavailable",

@@ -9,6 +9,7 @@
 //! * [`request`]: what an index asks a publisher when it has missed something.
 //! * [`shard`]: how the key space is cut, and which server owns which part.
 //! * [`subject`]: every NATS subject, built and parsed in one place.
+//! * [`permissions`]: what each role may do with those subjects on a broker.
 //! * [`grpc`]: the generated `kvatlas.v1` service.
 //!
 //! There is no IO here: no socket, no clock, no runtime.
@@ -18,6 +19,7 @@ pub mod frame;
 pub mod grpc;
 pub mod ids;
 pub mod keys;
+pub mod permissions;
 pub mod request;
 pub mod scope;
 pub mod sealed;

@@ -114,7 +114,7 @@ impl Subjects {
     }
 
     /// Matches the events of one shard, of every scope and source.
-    pub fn events_of(&self, shard: ShardId) -> String {
+    pub fn events_in(&self, shard: ShardId) -> String {
         format!("{}.{VERSION}.ev.*.{shard}.>", self.prefix)
     }
 
@@ -136,6 +136,31 @@ impl Subjects {
     /// Matches every answer to `asker`.
     pub fn all_replies(&self, asker: &Asker) -> String {
         format!("{}.{VERSION}.rep.{}.>", self.prefix, asker.0)
+    }
+
+    /// Matches the events of one instance, or of one rank of it, in every scope and shard.
+    pub(crate) fn events_of(&self, instance: &InstanceId, rank: Option<DpRank>) -> String {
+        format!("{}.{VERSION}.ev.*.*.{}", self.prefix, instance_pattern(instance, rank))
+    }
+
+    /// Matches the answers of one instance, or of one rank of it, to every asker.
+    pub(crate) fn replies_of(&self, instance: &InstanceId, rank: Option<DpRank>) -> String {
+        format!("{}.{VERSION}.rep.*.{}", self.prefix, instance_pattern(instance, rank))
+    }
+
+    /// Matches where one instance, or one rank of it, listens for requests.
+    pub(crate) fn control_of(&self, instance: &InstanceId, rank: Option<DpRank>) -> String {
+        format!("{}.{VERSION}.ctl.{}", self.prefix, instance_pattern(instance, rank))
+    }
+
+    /// Matches where every publisher listens for requests.
+    pub(crate) fn all_controls(&self) -> String {
+        self.below("ctl.>")
+    }
+
+    /// Words below the deployment's prefix and the version.
+    pub(crate) fn below(&self, words: &str) -> String {
+        format!("{}.{VERSION}.{words}", self.prefix)
     }
 
     /// Where every publisher is asked for a sign of life.
@@ -223,15 +248,23 @@ fn is_plain(byte: u8) -> bool {
 }
 
 fn source_token(source: &SourceId) -> String {
-    let mut out = String::with_capacity(source.instance.as_str().len() + 8);
-    for byte in source.instance.as_str().bytes() {
+    format!("{}.{}", instance_token(&source.instance), source.rank)
+}
+
+fn instance_pattern(instance: &InstanceId, rank: Option<DpRank>) -> String {
+    let token = instance_token(instance);
+    rank.map_or_else(|| format!("{token}.*"), |rank| format!("{token}.{rank}"))
+}
+
+fn instance_token(instance: &InstanceId) -> String {
+    let mut out = String::with_capacity(instance.as_str().len() + 8);
+    for byte in instance.as_str().bytes() {
         if is_plain(byte) {
             out.push(char::from(byte));
         } else {
             write!(out, "={byte:02X}").expect("writing to a string");
         }
     }
-    write!(out, ".{}", source.rank).expect("writing to a string");
     out
 }
 

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use kvatlas_proto::subject::Subjects;
-use kvatlas_proto::{DpRank, InstanceId, KeyHasher};
+use kvatlas_proto::{DpRank, InstanceId, KeyHasher, Partition};
 use kvatlas_shim::adapter::{self, ADAPTERS};
 use kvatlas_shim::mirror::{MirrorLimits, RemovalPolicy, STORE_ONLY_TTL_NS};
 use kvatlas_shim::shim::{EndpointConfig, ShimConfig};
@@ -98,7 +98,12 @@ impl FromStr for EngineSpec {
 
 impl EngineSpec {
     /// What the shim is to do for this engine.
-    pub fn shim_config(&self, hasher: KeyHasher, subjects: &Subjects) -> Result<ShimConfig, Failure> {
+    pub fn shim_config(
+        &self,
+        hasher: KeyHasher,
+        partition: Partition,
+        subjects: &Subjects,
+    ) -> Result<ShimConfig, Failure> {
         let name = &self.instance;
         let fail = |problem: String| Failure::usage(format!("engine {name:?}: {problem}"));
         if !(1..=MAX_RANKS).contains(&self.data_parallel_size) {
@@ -128,6 +133,7 @@ impl EngineSpec {
             })?),
         };
         Ok(ShimConfig {
+            partition,
             adapter,
             model: self.model.clone(),
             tenant: self.tenant.clone(),
@@ -171,7 +177,8 @@ mod tests {
 
     fn config(text: &str) -> Result<ShimConfig, String> {
         let spec = text.parse::<EngineSpec>()?;
-        spec.shim_config(KeyHasher::default(), &Subjects::default()).map_err(|failure| failure.to_string())
+        spec.shim_config(KeyHasher::default(), Partition::WHOLE, &Subjects::default())
+            .map_err(|failure| failure.to_string())
     }
 
     #[test]

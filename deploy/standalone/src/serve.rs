@@ -120,6 +120,9 @@ async fn start_server(
     if let Some(blocks) = settings.server.max_blocks {
         config.limits.blocks = blocks;
     }
+    config.tls = settings.tls.files()?;
+    config.auth_file = settings.auth.file.clone();
+    config.serving = settings.limits.serving()?;
     config.checkpoint = settings.server.checkpoint()?;
     if !settings.nats.url.is_empty() {
         config.discovery = DISCOVERY;
@@ -142,9 +145,10 @@ fn start_shims(
     collector: &ShimCollector,
 ) -> Result<Vec<Shim>, Failure> {
     let (hasher, subjects) = (settings.keys.hasher()?, settings.nats.subjects()?);
+    let partition = settings.cluster.partition()?;
     let mut shims = Vec::new();
     for engine in &settings.engines {
-        let config = engine.shim_config(hasher, &subjects)?;
+        let config = engine.shim_config(hasher, partition, &subjects)?;
         let shim = Shim::start_with_state(&config, bus, settings.shim.state_dir.as_deref())
             .map_err(|error| Failure::usage(error.to_string()))?;
         collector.watch(&shim);

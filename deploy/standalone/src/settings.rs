@@ -22,7 +22,11 @@ pub use cluster::ClusterSettings;
 use crate::engine::EngineSpec;
 use crate::failure::Failure;
 
-/// Where the gRPC service listens if nothing else is said: loopback, because there is no authentication yet.
+mod access;
+
+pub use access::{AuthSettings, LimitSettings, TlsSettings};
+
+/// Where the gRPC service listens if nothing else is said: loopback, where nobody else's network is.
 pub const DEFAULT_GRPC: &str = "127.0.0.1:7460";
 /// Where metrics and health checks are served if nothing else is said.
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7461";
@@ -51,6 +55,12 @@ pub struct Settings {
     pub shim: ShimSettings,
     #[command(flatten)]
     pub server: ServerSettings,
+    #[command(flatten)]
+    pub tls: TlsSettings,
+    #[command(flatten)]
+    pub auth: AuthSettings,
+    #[command(flatten)]
+    pub limits: LimitSettings,
 }
 
 /// `[keys]`: how block keys are computed.
@@ -188,6 +198,9 @@ impl Settings {
             cluster: self.cluster.or(file.cluster),
             shim: ShimSettings { state_dir: self.shim.state_dir.or(file.shim.state_dir) },
             server: self.server.or(file.server),
+            tls: self.tls.or(file.tls),
+            auth: self.auth.or(file.auth),
+            limits: self.limits.or(file.limits),
         }
     }
 }
@@ -258,13 +271,12 @@ impl NatsSettings {
     }
 
     fn auth(&self) -> Result<NatsAuth, Failure> {
-        let password = self.password_file.as_deref().map(read_text).transpose()?;
-        match (&self.credentials_file, &self.nkey_file, &self.user, password) {
+        match (&self.credentials_file, &self.nkey_file, &self.user, &self.password_file) {
             (None, None, None, None) => Ok(NatsAuth::None),
             (Some(file), None, None, None) => Ok(NatsAuth::CredentialsFile(file.clone())),
             (None, Some(file), None, None) => Ok(NatsAuth::NkeySeedFile(file.clone())),
-            (None, None, Some(user), Some(password)) => {
-                Ok(NatsAuth::UserPassword { user: user.clone(), password: password.trim_end().to_owned() })
+            (None, None, Some(user), Some(file)) => {
+                Ok(NatsAuth::UserPasswordFile { user: user.clone(), password_file: file.clone() })
             }
             _ => Err(Failure::usage(
                 "give one way to log in to the broker: --nats-credentials-file, --nats-nkey-file, or --nats-user with \

@@ -149,10 +149,11 @@ impl Coordinator {
         deadline: Instant,
     ) -> (Vec<ShardAnswer>, Vec<u16>) {
         let (mut answers, mut todo, mut silent) = (Vec::new(), shards, Vec::new());
-        let mut fan_out = 0;
+        let (mut fan_out, mut avoid) = (0, Vec::new());
         loop {
             let now_ms = self.clock.now_ms();
-            let cover = self.presence.lock().cover(&todo, |shard| self.serving.has(shard), now_ms);
+            let cover = self.presence.lock().cover(&todo, |shard| self.serving.has(shard), &avoid, now_ms);
+            avoid.clear();
             let Cover { local, remote, nobody } = cover;
             fan_out += remote.len();
             todo = nobody;
@@ -181,7 +182,8 @@ impl Coordinator {
                         answers.push(answer);
                     }
                     Asked::Nobody => {
-                        self.presence.lock().forget(set);
+                        // In the next round somebody else is asked who has these, if there is anybody.
+                        avoid.push(set);
                         todo.append(&mut shards);
                     }
                     Asked::Silent => silent.append(&mut shards),

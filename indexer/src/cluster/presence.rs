@@ -5,6 +5,7 @@
 //! broker's business; this table only says which sets there are.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use kvatlas_proto::sealed::{OpenError, Seal};
 use kvatlas_proto::{Partition, ShardSet};
@@ -44,8 +45,10 @@ pub(crate) enum ParseAnnouncementError {
 pub(crate) struct Presence {
     partition: Partition,
     servers: BTreeMap<String, Known>,
-    /// The shards of every set that was ever needed, so that they are worked out once.
-    contents: BTreeMap<ShardSet, Vec<bool>>,
+    /// The shards of every set that was ever announced, so that they are worked out once.
+    contents: BTreeMap<ShardSet, Arc<[bool]>>,
+    /// What [`Self::cover`] chooses from, until then.
+    available: (Vec<(ShardSet, Arc<[bool]>)>, u64),
 }
 
 #[derive(Debug)]
@@ -105,7 +108,7 @@ impl Announcement {
 
 impl Presence {
     pub(crate) fn new(partition: Partition) -> Self {
-        Self { partition, servers: BTreeMap::new(), contents: BTreeMap::new() }
+        Self { partition, servers: BTreeMap::new(), contents: BTreeMap::new(), available: (Vec::new(), 0) }
     }
 
     /// Takes an announcement in; false if it is of another partition, or there are too many servers.
@@ -113,6 +116,7 @@ impl Presence {
         if said.shards != self.partition.shards() {
             return false;
         }
+        self.available.1 = 0;
         if said.sets.is_empty() {
             self.servers.remove(&said.server);
             return true;
@@ -128,17 +132,12 @@ impl Presence {
         true
     }
 
-    /// Nobody took a question for this set: it is not counted on before somebody announces it again.
-    pub(crate) fn forget(&mut self, set: ShardSet) {
-        self.servers.values_mut().for_each(|known| known.sets.retain(|known| *known != set));
-    }
-
     fn note(&mut self, set: ShardSet) {
         let shards = usize::from(self.partition.shards());
         self.contents.entry(set).or_insert_with(|| {
             let mut content = vec![false; shards];
             set.shards(self.partition).iter().for_each(|shard| content[usize::from(shard.number())] = true);
-            content
+            content.into()
         });
     }
 
@@ -166,30 +165,49 @@ impl Presence {
         there.len() == usize::from(servers)
     }
 
-    /// Whom to ask about these shards, with as few questions as can be. `is_local` says which are here.
-    pub(crate) fn cover(&self, shards: &[u16], is_local: impl Fn(u16) -> bool, now_ms: u64) -> Cover {
+    /// Whom to ask about these shards, with as few questions as can be. `is_local` says which are here; sets in `avoid`
+    /// are not asked.
+    pub(crate) fn cover(
+        &mut self,
+        shards: &[u16],
+        is_local: impl Fn(u16) -> bool,
+        avoid: &[ShardSet],
+        now_ms: u64,
+    ) -> Cover {
         let (local, mut rest): (Vec<u16>, Vec<u16>) = shards.iter().partition(|shard| is_local(**shard));
         let mut cover = Cover { local, ..Cover::default() };
         if rest.is_empty() {
             return cover;
         }
-        let mut sets: Vec<(ShardSet, &Vec<bool>)> =
-            self.sets(now_ms).into_keys().filter_map(|set| Some((set, self.contents.get(&set)?))).collect();
+        self.renew_available(now_ms);
+        let mut sets: Vec<_> = self.available.0.iter().filter(|(set, _)| !avoid.contains(set)).collect();
         while !rest.is_empty() {
-            let gain =
-                |content: &Vec<bool>| rest.iter().filter(|shard| content[usize::from(**shard)]).count();
+            let gain = |content: &[bool]| rest.iter().filter(|shard| content[usize::from(**shard)]).count();
             // Of sets that have as much, the first: so all servers ask alike.
-            let best = (0..sets.len()).max_by_key(|at| (gain(sets[*at].1), std::cmp::Reverse(*at)));
-            let Some((set, content)) = best.filter(|at| gain(sets[*at].1) > 0).map(|at| sets.swap_remove(at))
+            let best = (0..sets.len()).max_by_key(|at| (gain(&sets[*at].1), std::cmp::Reverse(*at)));
+            let Some((set, content)) = best.filter(|at| gain(&sets[*at].1) > 0).map(|at| sets.remove(at))
             else {
                 break;
             };
             let (has, others) = rest.iter().partition(|shard| content[usize::from(**shard)]);
-            cover.remote.push((set, has));
+            cover.remote.push((*set, has));
             rest = others;
         }
         cover.nobody = rest;
         cover
+    }
+
+    /// Works out who is there, when somebody has said something or may have gone.
+    fn renew_available(&mut self, now_ms: u64) {
+        let until = self.available.1;
+        if now_ms < until {
+            return;
+        }
+        let sets = self.sets(now_ms).into_keys();
+        let sets = sets.filter_map(|set| Some((set, Arc::clone(self.contents.get(&set)?)))).collect();
+        let ends = self.servers.values().map(|known| known.heard_ms + PRESENCE_MS + 1);
+        let until = ends.filter(|end| *end > now_ms).min().unwrap_or(now_ms + PRESENCE_MS);
+        self.available = (sets, until);
     }
 }
 
@@ -225,9 +243,9 @@ mod tests {
 
     #[test]
     fn each_server_is_asked_once_and_what_is_here_is_not_asked_for() {
-        let presence = presence(&[set(0, 4), set(1, 4), set(2, 4), set(3, 4), set(2, 4)]);
+        let mut presence = presence(&[set(0, 4), set(1, 4), set(2, 4), set(3, 4), set(2, 4)]);
         let own = set(1, 4).shards(Partition::new(16).unwrap());
-        let cover = presence.cover(&all(), |shard| own.iter().any(|own| own.number() == shard), 10);
+        let cover = presence.cover(&all(), |shard| own.iter().any(|own| own.number() == shard), &[], 10);
         assert_eq!((cover.local.len(), cover.remote.len(), cover.nobody.len()), (4, 3, 0));
         assert_eq!(presence.sets(10)[&set(2, 4)], 2);
     }
@@ -235,10 +253,12 @@ mod tests {
     #[test]
     fn during_a_change_of_division_the_sets_of_both_are_used() {
         // Of the old division, server 0 is gone; of the new one, three are ready.
-        let presence = presence(&[set(1, 2), set(0, 4), set(2, 4), set(3, 4)]);
-        let cover = presence.cover(&all(), |_| false, 10);
+        let mut presence = presence(&[set(1, 2), set(0, 4), set(2, 4), set(3, 4)]);
+        let cover = presence.cover(&all(), |_| false, &[], 10);
         assert!(cover.nobody.is_empty(), "{cover:?}");
         assert!(!presence.is_complete(4, 10) && !presence.is_complete(2, 10));
+        let without = presence.cover(&all(), |_| false, &[set(1, 2)], 10);
+        assert!(!without.nobody.is_empty() && without.remote.iter().all(|(asked, _)| *asked != set(1, 2)));
     }
 
     #[test]
@@ -246,9 +266,9 @@ mod tests {
         let mut presence = presence(&[set(0, 2), set(1, 2)]);
         assert!(presence.is_complete(2, PRESENCE_MS));
         assert!(!presence.is_complete(2, PRESENCE_MS + 1));
-        assert_eq!(presence.cover(&all(), |_| false, PRESENCE_MS + 1).nobody, all());
+        assert_eq!(presence.cover(&all(), |_| false, &[], PRESENCE_MS + 1).nobody, all());
         presence.hear(Announcement { server: "s1".into(), shards: 16, sets: vec![] }, 5);
-        assert_eq!(presence.cover(&all(), |_| false, 6).nobody.len(), 8);
+        assert_eq!(presence.cover(&all(), |_| false, &[], 6).nobody.len(), 8);
     }
 
     #[test]

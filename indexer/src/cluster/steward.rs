@@ -27,7 +27,7 @@ use crate::ingest::{Owned, TaggedSubscription};
 use crate::server::Readiness;
 
 /// Time between two looks at what has become ready.
-const TICK: Duration = Duration::from_millis(20);
+const TICK: Duration = Duration::from_millis(50);
 /// How long the new division has to be complete before the old one is given up: longer than an announcement takes to be
 /// everywhere, so that nobody asks who has let go.
 const HANDOVER_GRACE: Duration = Duration::from_secs(1);
@@ -171,7 +171,7 @@ impl Steward {
         let owned = self.owned();
         let mut subscriptions = Vec::new();
         for shard in owned.iter().filter(|shard| !before.contains(shard)) {
-            match self.bus.subscribe(self.subjects.events_of(*shard)).await {
+            match self.bus.subscribe(self.subjects.events_in(*shard)).await {
                 Ok(events) => subscriptions.push(TaggedSubscription { shard: *shard, events }),
                 Err(error) => {
                     // It is tried again with the next look.

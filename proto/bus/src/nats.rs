@@ -25,6 +25,7 @@ use crate::{
 };
 
 mod config;
+mod credentials;
 
 pub use config::{ClientIdentity, ConnectError, NatsAuth, NatsConfig, NatsTls};
 

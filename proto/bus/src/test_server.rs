@@ -35,6 +35,7 @@ const PORT_ATTEMPTS: usize = 10;
 pub struct NatsServer {
     binary: PathBuf,
     arguments: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
     port: u16,
     // Declared before the folder: fields drop in this order, so the process is gone before its files are.
     process: Option<Process>,
@@ -55,6 +56,11 @@ impl NatsServer {
 
     /// Like [`Self::start`], with further command line arguments, such as `["--user", "u", "--pass", "p"]`.
     pub fn start_with(arguments: &[&str]) -> Option<Self> {
+        Self::start_in(arguments, &[])
+    }
+
+    /// The same, with variables that a configuration file refers to.
+    pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Option<Self> {
         let Some(binary) = find_binary() else {
             let test = thread::current().name().unwrap_or("a test").to_owned();
             assert!(
@@ -69,7 +75,8 @@ impl NatsServer {
         };
         let folder = tempfile::tempdir().expect("a folder for the server's files");
         let arguments = arguments.iter().map(OsString::from).collect();
-        let mut server = Self { binary, arguments, port: 0, process: None, folder };
+        let environment = environment.iter().map(|(name, value)| (name.into(), value.into())).collect();
+        let mut server = Self { binary, arguments, environment, port: 0, process: None, folder };
         for _ in 0..PORT_ATTEMPTS {
             server.port = free_port();
             if server.launch() {
@@ -115,6 +122,7 @@ impl NatsServer {
             .arg("--log")
             .arg(self.log_path())
             .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -232,6 +232,43 @@ async fn an_nkey_seed_file_is_accepted_and_another_is_refused() {
     assert!(matches!(error, ConnectError::Unauthorized { .. }), "{error:?}");
 }
 
+#[tokio::test]
+async fn a_rotated_secret_is_used_at_the_next_connection() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let allow = |key: &nkeys::KeyPair, password: &str| {
+        let users = format!("{{ nkey: {} }}, {{ user: me, password: \"{password}\" }}", key.public_key());
+        std::fs::write(path("server.conf"), format!("authorization {{ users = [ {users} ] }}")).unwrap();
+    };
+    let give = |key: &nkeys::KeyPair, password: &str| {
+        std::fs::write(path("seed"), key.seed().unwrap()).unwrap();
+        std::fs::write(path("password"), format!("{password}\n")).unwrap();
+    };
+    let (old, new) = (nkeys::KeyPair::new_user(), nkeys::KeyPair::new_user());
+    allow(&old, "old-password");
+    give(&old, "old-password");
+    let configuration = path("server.conf");
+    let Some(mut server) = NatsServer::start_with(&["-c", configuration.to_str().unwrap()]) else { return };
+    let by_password = NatsAuth::UserPasswordFile { user: "me".to_owned(), password_file: path("password") };
+    let mut buses = Vec::new();
+    for auth in [NatsAuth::NkeySeedFile(path("seed")), by_password] {
+        buses.push(NatsBus::connect(NatsConfig { auth, ..NatsConfig::new([server.url()]) }).await.unwrap());
+    }
+    allow(&new, "new-password");
+    server.restart();
+    for bus in &buses {
+        wait_for(bus, "a refusal of the old secret", |s| s.failed_reconnects > 0 || s.broker_errors > 0)
+            .await;
+    }
+    give(&new, "new-password");
+    for bus in &buses {
+        wait_for(bus, "the reconnection with the new secret", |s| s.connected).await;
+        bus.flush().await.unwrap();
+    }
+    let mut subscription = buses[0].subscribe("a.b".to_owned()).await.unwrap();
+    wait_until_messages_pass(&buses[1], &mut subscription).await;
+}
+
 /// A CA, a server certificate for the loopback address and a client certificate, as PEM files.
 struct Certificates {
     folder: tempfile::TempDir,

@@ -1,10 +1,13 @@
 //! Typed client of a kvatlas server: score, outcome, list of owners, dump; each call with a deadline and errors that name
 //! the server.
 //!
+//! With TLS if the endpoint is `https://` or [`ClientConfig::tls`] says how; with a bearer token if there is a file with one.
+//!
 //! The connection is made with the first call and again whenever it was lost, so a client can be made before its
 //! server runs. There are no retries here: a gateway that gets no score in time routes without one, and a tool says
 //! what went wrong.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kvatlas_proto::grpc::atlas_client::AtlasClient;
@@ -12,8 +15,14 @@ use kvatlas_proto::grpc::{
     DumpRequest, DumpResponse, ListOwnersRequest, ListOwnersResponse, ReportOutcomeRequest,
     ReportOutcomeResponse, ScoreRequest, ScoreResponse,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Status, Streaming};
+
+mod token;
+
+use token::Bearer;
+pub use token::{MAX_TOKEN_BYTES, TOKEN_REREAD};
 
 /// Deadline of a call, unless configured: far above a look-up, far below a person's patience.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(2);
@@ -25,16 +34,31 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// Which server, and how long to wait for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientConfig {
-    /// `http://host:port`, or `host:port` for short.
+    /// `http://host:port`, `https://host:port`, or `host:port` for short: then with TLS if `tls` is given.
     pub endpoint: String,
     /// Longest time a call may take, connecting included; for a dump the longest wait for its next chunk.
     pub deadline: Duration,
+    /// How to encrypt; `None` with `https://`: trust the system's authorities.
+    pub tls: Option<ClientTls>,
+    /// File with the bearer token that says who asks. Read again from time to time.
+    pub token_file: Option<PathBuf>,
+}
+
+/// TLS of a client. The files are read when the client is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClientTls {
+    /// PEM file with the authorities to trust instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// PEM files with this client's certificate chain and private key, where the server asks for them.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// Name to expect in the server's certificate instead of the endpoint's host.
+    pub server_name: Option<String>,
 }
 
 /// A client of one server. Clones share the connection.
 #[derive(Clone, Debug)]
 pub struct Client {
-    atlas: AtlasClient<Channel>,
+    atlas: AtlasClient<InterceptedService<Channel, Bearer>>,
     endpoint: String,
     deadline: Duration,
 }
@@ -47,12 +71,39 @@ pub struct Dump {
     deadline: Duration,
 }
 
-/// The endpoint cannot be a server's address.
+/// A client cannot be made like this.
 #[derive(Debug, thiserror::Error)]
-#[error("endpoint {endpoint:?} is not usable: {problem}; give http://host:port or host:port")]
-pub struct EndpointError {
-    endpoint: String,
-    problem: String,
+pub enum EndpointError {
+    /// The endpoint cannot be a server's address.
+    #[error(
+        "endpoint {endpoint:?} is not usable: {problem}; give http://host:port, https://host:port or host:port"
+    )]
+    Address {
+        /// As it was given.
+        endpoint: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A file of the configuration cannot be used. Its content is never shown.
+    #[error("cannot use the {what} {path}: {problem}", path = path.display())]
+    File {
+        /// What the file is for.
+        what: &'static str,
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Authorities, certificate and key make no TLS configuration.
+    #[error(
+        "TLS to {endpoint:?} cannot be set up: {problem}; check the CA file, the certificate and its key"
+    )]
+    Tls {
+        /// Which server.
+        endpoint: String,
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 /// A call has no answer.
@@ -99,8 +150,35 @@ pub enum CallError {
 impl ClientConfig {
     /// This server, with the default deadline.
     pub fn new(endpoint: impl Into<String>) -> Self {
-        Self { endpoint: endpoint.into(), deadline: DEFAULT_DEADLINE }
+        Self { endpoint: endpoint.into(), deadline: DEFAULT_DEADLINE, tls: None, token_file: None }
     }
+}
+
+// === impl ClientTls ===
+
+impl ClientTls {
+    fn setting(&self) -> Result<ClientTlsConfig, EndpointError> {
+        let mut setting = match &self.ca_file {
+            Some(path) => {
+                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read("CA file", path)?))
+            }
+            None => ClientTlsConfig::new().with_enabled_roots(),
+        };
+        if let Some((certificate, key)) = &self.identity {
+            let certificate = read("client certificate", certificate)?;
+            setting = setting.identity(Identity::from_pem(certificate, read("client key", key)?));
+        }
+        Ok(match &self.server_name {
+            Some(name) => setting.domain_name(name),
+            None => setting,
+        })
+    }
+}
+
+fn read(what: &'static str, path: &PathBuf) -> Result<Vec<u8>, EndpointError> {
+    let failed =
+        |error: std::io::Error| EndpointError::File { what, path: path.clone(), problem: error.to_string() };
+    std::fs::read(path).map_err(failed)
 }
 
 // === impl Client ===
@@ -109,12 +187,24 @@ impl Client {
     /// Prepares a client; the first call connects. Must be called inside a tokio runtime, which then drives the
     /// connection.
     pub fn connect(config: ClientConfig) -> Result<Self, EndpointError> {
-        let ClientConfig { endpoint, deadline } = config;
-        let failed = |problem: String| EndpointError { endpoint: endpoint.clone(), problem };
-        let url = if endpoint.contains("://") { endpoint.clone() } else { format!("http://{endpoint}") };
-        let transport = Endpoint::from_shared(url).map_err(|error| failed(error.to_string()))?;
-        if transport.uri().scheme_str() != Some("http") {
-            return Err(failed("this client speaks plain HTTP/2 only".to_owned()));
+        let ClientConfig { endpoint, deadline, tls, token_file } = config;
+        let failed = |problem: String| EndpointError::Address { endpoint: endpoint.clone(), problem };
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let url = if endpoint.contains("://") { endpoint.clone() } else { format!("{scheme}://{endpoint}") };
+        let mut transport = Endpoint::from_shared(url).map_err(|error| failed(error.to_string()))?;
+        match (transport.uri().scheme_str(), tls) {
+            (Some("https"), tls) => {
+                let setting = tls.unwrap_or_default().setting()?;
+                transport = transport.tls_config(setting).map_err(|error| {
+                    let problem = deepest(&error).to_string();
+                    EndpointError::Tls { endpoint: endpoint.clone(), problem }
+                })?;
+            }
+            (Some("http"), None) => {}
+            (Some("http"), Some(_)) => {
+                return Err(failed("TLS is configured for a plain address".to_owned()));
+            }
+            _ => return Err(failed("this client speaks gRPC over http and https only".to_owned())),
         }
         if transport.uri().port_u16().is_none() {
             return Err(failed("it has no port".to_owned()));
@@ -125,7 +215,9 @@ impl Client {
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_while_idle(true)
             .connect_lazy();
-        let atlas = AtlasClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
+        let bearer = Bearer::open(token_file)?;
+        let atlas =
+            AtlasClient::with_interceptor(channel, bearer).max_decoding_message_size(MAX_ANSWER_BYTES);
         Ok(Self { atlas, endpoint, deadline })
     }
 
@@ -231,11 +323,30 @@ mod tests {
 
     #[tokio::test]
     async fn endpoints_that_cannot_work_are_refused_before_the_first_call() {
-        for (bad, word) in [("", "invalid"), ("https://a:1", "plain"), ("a", "port"), ("http://", "")] {
+        for (bad, word) in [("", "invalid"), ("ftp://a:1", "https"), ("a", "port"), ("http://", "")] {
             let error = Client::connect(ClientConfig::new(bad)).unwrap_err().to_string();
             assert!(error.contains("host:port") && error.contains(word), "{error}");
         }
         assert!(Client::connect(ClientConfig::new("[::1]:50051")).is_ok());
+        let tls = ClientConfig { tls: Some(ClientTls::default()), ..ClientConfig::new("http://a:1") };
+        assert!(Client::connect(tls).unwrap_err().to_string().contains("plain"));
+    }
+
+    #[tokio::test]
+    async fn files_that_cannot_be_used_are_named() {
+        let missing = PathBuf::from("/nonexistent/kvatlas");
+        let identity = Some((missing.clone(), missing.clone()));
+        for tls in [
+            ClientTls { ca_file: Some(missing.clone()), ..ClientTls::default() },
+            ClientTls { identity, ..ClientTls::default() },
+        ] {
+            let config = ClientConfig { tls: Some(tls), ..ClientConfig::new("a:1") };
+            let error = Client::connect(config).unwrap_err().to_string();
+            assert!(error.contains("/nonexistent/kvatlas"), "{error}");
+        }
+        let config = ClientConfig { token_file: Some(missing), ..ClientConfig::new("a:1") };
+        let error = Client::connect(config).unwrap_err().to_string();
+        assert!(error.contains("token file /nonexistent/kvatlas"), "{error}");
     }
 
     #[tokio::test]
@@ -256,7 +367,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap().to_string();
         let deadline = Duration::from_millis(50);
-        let client = Client::connect(ClientConfig { endpoint, deadline }).unwrap();
+        let config = ClientConfig { deadline, ..ClientConfig::new(endpoint) };
+        let client = Client::connect(config).unwrap();
         let error = client.list_owners(ListOwnersRequest::default()).await.unwrap_err();
         assert!(matches!(error, CallError::Deadline { .. }), "{error:?}");
     }

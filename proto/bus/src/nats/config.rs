@@ -7,14 +7,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use async_nats::{ConnectErrorKind, ConnectOptions, ServerAddr};
+use async_nats::{AuthError, ConnectErrorKind, ConnectOptions, ServerAddr};
 
+use super::credentials;
 use crate::DEFAULT_PUBLISH_TIMEOUT;
 
 /// Most brokers to start from; the client learns the others of a cluster by itself.
 const MAX_URLS: usize = 64;
-/// Largest credentials or seed file. They are below a kilobyte or two; more is the wrong file.
-const MAX_SECRET_BYTES: u64 = 64 * 1024;
 
 /// Where the brokers are and how to talk to them.
 #[derive(Clone)]
@@ -38,7 +37,8 @@ pub struct NatsConfig {
     pub client_messages: usize,
 }
 
-/// How a client proves who it is.
+/// How a client proves who it is. Files are read anew for each connection, so that what is rotated is in force with the next
+/// one.
 #[derive(Clone, Default)]
 pub enum NatsAuth {
     /// Not at all, or by the TLS certificate.
@@ -50,6 +50,13 @@ pub enum NatsAuth {
         user: String,
         /// The password.
         password: String,
+    },
+    /// By a user name and the password in a file.
+    UserPasswordFile {
+        /// The name.
+        user: String,
+        /// The file.
+        password_file: PathBuf,
     },
     /// By a token.
     Token(String),
@@ -184,7 +191,21 @@ impl NatsConfig {
 
     /// The client's options, with every named file checked, so that a wrong path is an error that names it.
     pub(super) async fn options(&self) -> Result<ConnectOptions, ConnectError> {
-        let mut options = ConnectOptions::new()
+        // Once before the first connection, so that a wrong file is an error that names it.
+        self.auth.present(&[])?;
+        let auth = self.auth.clone();
+        let options = match auth {
+            NatsAuth::None => ConnectOptions::new(),
+            auth => ConnectOptions::with_auth_callback(move |nonce| {
+                let auth = auth.clone();
+                async move {
+                    // Reading a file may wait for a disk.
+                    let presented = tokio::task::spawn_blocking(move || auth.present(&nonce)).await;
+                    presented.map_err(AuthError::new)?.map_err(AuthError::new)
+                }
+            }),
+        };
+        let mut options = options
             .name(&self.client_name)
             .connection_timeout(self.connect_timeout)
             // A channel cannot hold zero messages; one is the nearest thing that works.
@@ -200,26 +221,7 @@ impl NatsConfig {
             check_readable("client key", key_file).await?;
             options = options.add_client_certificate(certificate_file.clone(), key_file.clone());
         }
-        Ok(match &self.auth {
-            NatsAuth::None => options,
-            NatsAuth::UserPassword { user, password } => {
-                options.user_and_password(user.clone(), password.clone())
-            }
-            NatsAuth::Token(token) => options.token(token.clone()),
-            NatsAuth::CredentialsFile(path) => {
-                let what = "credentials file";
-                let credentials = read_secret(what, path).await?;
-                // The client's text is left out: a parser that quotes its input would quote a secret.
-                options.credentials(&credentials).map_err(|_| ConnectError::File {
-                    what,
-                    path: path.clone(),
-                    reason: "it does not hold a user JWT and an nkey seed".to_owned(),
-                })?
-            }
-            NatsAuth::NkeySeedFile(path) => {
-                options.nkey(read_secret("nkey seed file", path).await?.trim().to_owned())
-            }
-        })
+        Ok(options)
     }
 }
 
@@ -241,11 +243,41 @@ impl fmt::Debug for NatsConfig {
 
 // === impl NatsAuth ===
 
+impl NatsAuth {
+    /// What to send to a broker that asks for a signature of `nonce`.
+    fn present(&self, nonce: &[u8]) -> Result<async_nats::Auth, ConnectError> {
+        let mut auth = async_nats::Auth::new();
+        match self {
+            Self::None => {}
+            Self::UserPassword { user, password } => {
+                (auth.username, auth.password) = (Some(user.clone()), Some(password.clone()));
+            }
+            Self::UserPasswordFile { user, password_file } => {
+                let password = credentials::password(password_file)?;
+                (auth.username, auth.password) = (Some(user.clone()), Some(password));
+            }
+            Self::Token(token) => auth.token = Some(token.clone()),
+            Self::CredentialsFile(path) => {
+                let (jwt, signature) = credentials::of_credentials_file(path, nonce)?;
+                (auth.jwt, auth.signature) = (Some(jwt), Some(signature));
+            }
+            Self::NkeySeedFile(path) => {
+                let (nkey, signature) = credentials::of_seed_file(path, nonce)?;
+                (auth.nkey, auth.signature) = (Some(nkey), Some(signature));
+            }
+        }
+        Ok(auth)
+    }
+}
+
 impl fmt::Debug for NatsAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => f.write_str("None"),
             Self::UserPassword { user, .. } => write!(f, "UserPassword({user:?})"),
+            Self::UserPasswordFile { user, password_file } => {
+                write!(f, "UserPasswordFile({user:?}, {password_file:?})")
+            }
             Self::Token(_) => f.write_str("Token"),
             Self::CredentialsFile(path) => write!(f, "CredentialsFile({path:?})"),
             Self::NkeySeedFile(path) => write!(f, "NkeySeedFile({path:?})"),
@@ -291,15 +323,6 @@ async fn check_readable(what: &'static str, path: &Path) -> Result<(), ConnectEr
         Ok(_) => Ok(()),
         Err(error) => Err(ConnectError::File { what, path: path.to_owned(), reason: error.to_string() }),
     }
-}
-
-async fn read_secret(what: &'static str, path: &Path) -> Result<String, ConnectError> {
-    let refuse = |reason: String| ConnectError::File { what, path: path.to_owned(), reason };
-    let size = tokio::fs::metadata(path).await.map_err(|error| refuse(error.to_string()))?.len();
-    if size > MAX_SECRET_BYTES {
-        return Err(refuse(format!("it has {size} bytes, more than {MAX_SECRET_BYTES}")));
-    }
-    tokio::fs::read_to_string(path).await.map_err(|error| refuse(error.to_string()))
 }
 
 fn io_kind(error: &async_nats::ConnectError) -> Option<io::ErrorKind> {
