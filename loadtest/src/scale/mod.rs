@@ -40,7 +40,7 @@ use serde::Serialize;
 
 pub use branch::BranchRow;
 pub use cut::Cut;
-pub use hot::HotRow;
+pub use hot::{HolderCost, HotRow};
 pub use memory::MemoryRow;
 pub use sizing::{BLOCKS_PER_POD, INGEST_CORES, OPERATIONS_PER_POD, SERVER_BYTES, SERVER_CORES, SizingRow};
 pub use study::run;
@@ -134,6 +134,10 @@ pub struct ScaleReport {
     pub workloads: Vec<WorkloadReport>,
     /// What a prompt costs that all pods hold.
     pub hot: Vec<HotRow>,
+    /// What each holder of each segment adds to a query that is about all pods.
+    pub holder_cost_all: HolderCost,
+    /// The same for a query that names its candidates.
+    pub holder_cost_named: HolderCost,
     /// What branches off a prompt that all share.
     pub branch: Vec<BranchRow>,
     /// Deployments.
@@ -182,8 +186,9 @@ pub struct WorkloadReport {
     /// Growth of the whole process while an index took in the fleet's state, for each block; measured for the first workload
     /// only, because memory that others left behind is used again.
     pub resident_bytes_per_block: Option<f64>,
-    /// Share of what answers say that is about blocks which at least half of the pods hold.
-    pub fleet_wide_share: f64,
+    /// Holders of a query's segments, as far as more than one in twenty pods holds them: in a larger fleet they are as many
+    /// more, everything else is not.
+    pub fleet_wide_holders: f64,
     /// Memory and look-ups by cut; empty where it was not looked at.
     pub memory: Vec<MemoryRow>,
     /// Who gets how much, by cut, shards and servers.
@@ -197,6 +202,8 @@ pub struct WorkloadReport {
 pub struct QueryRow {
     /// Servers.
     pub servers: u16,
+    /// Candidates that the query names; 0: all pods.
+    pub candidates: usize,
     /// Servers that were asked.
     pub fan_out: f64,
     /// Bytes of all questions of a query.
@@ -226,7 +233,7 @@ impl Default for ScaleConfig {
             blocks_per_pod: 50_000,
             shards: 256,
             window_s: 10,
-            queries: 400,
+            queries: 300,
             hot_pods: vec![1_000, 10_000],
             traces: None,
         }
@@ -241,7 +248,7 @@ impl ScaleConfig {
             blocks_per_pod: 8_000,
             window_s: 3,
             queries: 40,
-            hot_pods: vec![200],
+            hot_pods: vec![100, 300],
             ..Self::default()
         }
     }

@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 
-use super::WorkloadReport;
 use super::cut::Cut;
+use super::hot::HolderCost;
 use super::tally::Division;
+use super::{QueryRow, WorkloadReport};
 
 /// Pods of the deployments.
 const FLEETS: [u64; 3] = [100, 1_000, 10_000];
@@ -26,6 +27,8 @@ pub struct SizingRow {
     pub workload: &'static str,
     /// Pods.
     pub pods: u64,
+    /// Whether queries name their candidates, as gateways can; else they are about all pods.
+    pub is_named: bool,
     /// Blocks held, each counted for every pod that holds it.
     pub blocks: u64,
     /// Index servers; `None`: more than there are shards.
@@ -69,19 +72,22 @@ struct Needs {
     query: f64,
 }
 
-/// Deployments for this workload.
-pub(super) fn rows(report: &WorkloadReport, lane_bytes: f64) -> Vec<SizingRow> {
-    FLEETS.iter().map(|pods| row(report, lane_bytes, *pods)).collect()
+/// Deployments for this workload. Costs of a holder: of queries about all pods, and of those that name some.
+pub(super) fn rows(report: &WorkloadReport, lane_bytes: f64, costs: [HolderCost; 2]) -> Vec<SizingRow> {
+    let kinds = [false, true].into_iter().zip(costs);
+    kinds
+        .flat_map(|(is_named, cost)| FLEETS.map(|pods| row(report, lane_bytes, pods, is_named, cost)))
+        .collect()
 }
 
-fn row(report: &WorkloadReport, lane_bytes: f64, pods: u64) -> SizingRow {
+fn row(report: &WorkloadReport, lane_bytes: f64, pods: u64, is_named: bool, cost: HolderCost) -> SizingRow {
     let fleet = pods as f64;
     let operations = fleet * OPERATIONS_PER_POD as f64;
     let queries = operations / report.operations_per_request;
     let lanes = fleet * f64::from(report.shards) * lane_bytes;
-    // A beginning that the whole fleet holds has as many holders as there are pods; everything else has as many as before.
     let more = fleet / f64::from(report.pods);
-    let growth = 1.0 + (more - 1.0) * report.fleet_wide_share;
+    // What the whole fleet meets has as many more holders as there are more pods; everything else has as many as before.
+    let holders = report.fleet_wide_holders * (more - 1.0);
     let traffic = &report.traffic;
     let per_second = |sum: u64| sum as f64 / report.window_s * more;
     let per_operation = operations / (traffic.operations as f64 / report.window_s);
@@ -95,7 +101,8 @@ fn row(report: &WorkloadReport, lane_bytes: f64, pods: u64) -> SizingRow {
     };
     let mut fit = (None, "shards");
     for servers in 1..=report.shards {
-        needs.query = queries * report.query_us(servers) * growth / 1e6;
+        let us = report.query(servers, is_named).map_or(0.0, |row| row.look_up_us + row.ask_us);
+        needs.query = queries * (us + holders * cost.ns / 1e3).max(0.0) / 1e6;
         let limit = needs.exceeds(servers, report.division(servers));
         if let Some(limit) = limit {
             fit.1 = limit;
@@ -105,14 +112,15 @@ fn row(report: &WorkloadReport, lane_bytes: f64, pods: u64) -> SizingRow {
         }
     }
     let (servers, limit) = fit;
-    let division = report.division(servers.unwrap_or(report.shards));
-    let fan_out = division.map_or(1.0, |division| division.fan_out);
-    let query_bytes =
-        division.map_or(0.0, |division| division.question_bytes + division.answer_bytes * growth);
+    let query = report.query(servers.unwrap_or(report.shards), is_named);
+    let fan_out = query.map_or(1.0, |query| query.fan_out);
+    let query_bytes = query.map_or(0.0, |query| query.question_bytes + query.answer_bytes);
+    let query_bytes = (query_bytes + holders * cost.bytes).max(0.0);
     let alone = servers == Some(1);
     SizingRow {
         workload: report.name,
         pods,
+        is_named,
         blocks: pods * BLOCKS_PER_POD,
         servers,
         limit: if alone { "none" } else { limit },
@@ -167,14 +175,14 @@ impl WorkloadReport {
                 && division.shards == self.shards
         });
         let mut ours = ours.filter(|_| servers > 1);
-        let last = ours.clone().last();
+        let last = ours.clone().next_back();
         ours.find(|division| division.servers >= servers).or(last)
     }
 
-    /// Processor time of a query over so many servers, microseconds.
-    fn query_us(&self, servers: u16) -> f64 {
-        let queries = &self.queries;
-        let row = queries.iter().find(|row| row.servers >= servers).or(queries.last());
-        row.map_or(0.0, |row| row.look_up_us + row.ask_us)
+    /// Queries over so many servers, or the next larger number that was looked at.
+    fn query(&self, servers: u16, is_named: bool) -> Option<&QueryRow> {
+        let mut rows = self.queries.iter().filter(|row| (row.candidates > 0) == is_named);
+        let last = rows.clone().next_back();
+        rows.find(|row| row.servers >= servers).or(last)
     }
 }

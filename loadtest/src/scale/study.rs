@@ -7,14 +7,15 @@ use super::cost::resident_bytes;
 use super::cut::Cut;
 use super::fleet::{Change, Fleet, FleetConfig, STEPS_PER_SECOND};
 use super::forest::{Block, Forest};
+use super::hot::HolderCost;
 use super::replay::Replay;
 use super::requests::{ChatConfig, Chats, Requests};
-use super::servers::{Asked, Servers};
+use super::servers::{Asker, Servers};
 use super::tally::{SERVERS, Sample, Tally};
-use super::wire::{Publishers, Traffic, state_bytes};
+use super::wire::{Publishers, Traffic, instance, state_bytes};
 use super::{
-    MemoryRow, QueryRow, ScaleConfig, ScaleError, ScaleReport, WorkloadReport, branch, hot, memory, sizing,
-    traces,
+    MIN_BLOCKS_PER_POD, MemoryRow, QueryRow, ScaleConfig, ScaleError, ScaleReport, WorkloadReport, branch,
+    hot, memory, sizing, traces,
 };
 
 /// Numbers of shards that are compared.
@@ -29,6 +30,8 @@ const SHARED_BLOCKS: u32 = 840;
 const CHATS_PER_POD: usize = 4;
 /// Pods for each copy of the Mooncake trace: it is of a small cluster.
 const PODS_PER_TRACE: usize = 25;
+/// A block that more than one in so many pods holds is held because all meet it: in a larger fleet, by as many more.
+const FLEET_WIDE: u64 = 20;
 /// Pods whose state is encoded to see how large it is.
 const STATE_PODS: usize = 4;
 
@@ -62,19 +65,24 @@ pub fn run(config: &ScaleConfig, say: &mut dyn FnMut(&str)) -> Result<ScaleRepor
     say("memory of pods that hold nothing");
     let lane_bytes = lane_bytes(config, partition)?;
     let mut workloads = Vec::new();
+    let mut askers = Vec::new();
+    for servers in [1].into_iter().chain(SERVERS) {
+        askers.push(Asker::new(config.pods.into(), partition, servers)?);
+    }
     for workload in Workload::ALL {
-        workloads.push(workload.study(config, partition, workloads.is_empty(), say)?);
+        workloads.push(workload.study(config, partition, &askers, workloads.is_empty(), say)?);
     }
     let mut hot = Vec::new();
     for pods in &config.hot_pods {
         say(&format!("one prompt on {pods} pods"));
         hot.extend(hot::measure(*pods, partition)?);
     }
+    let holder_costs = [false, true].map(|is_named| HolderCost::of(&hot, is_named));
     let deployments = [Workload::Zipf, Workload::Mooncake, Workload::Agents].map(Workload::name);
     let sizing = workloads
         .iter()
         .filter(|report| deployments.contains(&report.name))
-        .flat_map(|report| sizing::rows(report, lane_bytes))
+        .flat_map(|report| sizing::rows(report, lane_bytes, holder_costs))
         .collect();
     Ok(ScaleReport {
         case: "scale",
@@ -82,24 +90,29 @@ pub fn run(config: &ScaleConfig, say: &mut dyn FnMut(&str)) -> Result<ScaleRepor
         lane_bytes,
         workloads,
         hot,
+        holder_cost_all: holder_costs[0],
+        holder_cost_named: holder_costs[1],
         branch: branch::rows(),
         sizing,
     })
 }
 
-/// What an index keeps of each pod and shard beside blocks.
+/// What an index keeps of each pod and shard beside blocks. The first half of the pods is for what a shard takes by itself.
 fn lane_bytes(config: &ScaleConfig, partition: Partition) -> Result<f64, ScaleError> {
     let pods = usize::from(config.pods);
     let mut publishers = Publishers::new(pods, partition, Forest::new().root_key())?;
     let servers = Servers::new(partition);
-    let (before, mut frames) = (resident_bytes(), Vec::new());
+    let (mut before, mut frames) = (0, Vec::new());
     for pod in 0..pods {
+        if pod == pods / 2 {
+            before = resident_bytes();
+        }
         publishers.start(pod, &mut frames)?;
         servers.take(&frames)?;
         frames.clear();
     }
     let grown = resident_bytes().saturating_sub(before);
-    Ok(grown as f64 / (pods * usize::from(partition.shards())) as f64)
+    Ok(grown as f64 / ((pods - pods / 2) * usize::from(partition.shards())) as f64)
 }
 
 // === impl Workload ===
@@ -131,6 +144,17 @@ impl Workload {
             Self::OneLong => Some(2_000),
             Self::Zipf | Self::Mooncake | Self::Agents => None,
         }
+    }
+
+    /// Where all share one prompt, caches are smaller: all they hold beside it is alike, and the shorter its tails, the more
+    /// requests it takes to fill them.
+    fn blocks_per_pod(self, config: &ScaleConfig) -> usize {
+        let share = match self {
+            Self::OneShort => 8,
+            Self::OneMiddle | Self::OneLong => 2,
+            Self::Zipf | Self::Mooncake | Self::Agents => 1,
+        };
+        (config.blocks_per_pod / share).max(MIN_BLOCKS_PER_POD)
     }
 
     fn requests(
@@ -167,22 +191,24 @@ impl Workload {
         self,
         config: &ScaleConfig,
         partition: Partition,
+        askers: &[Asker],
         is_first: bool,
         say: &mut dyn FnMut(&str),
     ) -> Result<WorkloadReport, ScaleError> {
         let name = self.name();
         let pods = usize::from(config.pods);
+        let blocks_per_pod = self.blocks_per_pod(config);
         let mut forest = Forest::new();
         let (requests, source) = self.requests(config, &mut forest)?;
         let fleet_config = FleetConfig {
             pods: config.pods,
-            blocks_per_pod: config.blocks_per_pod,
+            blocks_per_pod,
             operations_per_pod: sizing::OPERATIONS_PER_POD,
             block_tokens: self.block_tokens(),
         };
         let mut fleet = Fleet::new(fleet_config, forest, requests, config.seed);
         say(&format!("{name}: {pods} pods fill up"));
-        fill(&mut fleet, pods * config.blocks_per_pod);
+        fill(&mut fleet, pods * blocks_per_pod);
 
         say(&format!("{name}: an index takes them in"));
         let servers = Servers::new(partition);
@@ -204,14 +230,17 @@ impl Workload {
 
         say(&format!("{name}: queries"));
         let prompts: Vec<Vec<Block>> = (0..config.queries).map(|_| fleet.peek().prompt().to_vec()).collect();
-        let queries = ask(&servers, &fleet.forest, &prompts)?;
+        let mut queries = ask(&servers, askers, &fleet.forest, &prompts, &[])?;
+        let named: Vec<String> =
+            (0..pods.min(hot::CANDIDATES)).map(|pod| instance(pod).to_string()).collect();
+        queries.extend(ask(&servers, askers, &fleet.forest, &prompts, &named)?);
         drop(servers);
         let samples: Vec<Sample> =
             prompts.iter().map(|prompt| Sample::new(&fleet.pods, prompt.clone())).collect();
         let divisions = tally.divisions(&fleet.forest, &samples);
 
         say(&format!("{name}: memory by cut"));
-        let memory = self.memory(&fleet, partition, &prompts);
+        let memory = self.memory(&fleet, &prompts)?;
         let ours = |row: &&MemoryRow| row.cut == Cut::Segment(SEGMENT_BLOCKS);
         let bytes_per_block = memory.iter().find(ours).map_or(0.0, |row| row.bytes_per_block);
         let mut state = (0, 0);
@@ -239,7 +268,7 @@ impl Workload {
             state_bytes_per_block: state.0 as f64 / state.1.max(1) as f64,
             bytes_per_block,
             resident_bytes_per_block: is_first.then(|| grown as f64 / filled.max(1) as f64),
-            fleet_wide_share: fleet_wide_share(&samples, pods as u64),
+            fleet_wide_holders: fleet_wide_holders(&samples, pods as u64),
             memory,
             divisions,
             queries,
@@ -247,12 +276,13 @@ impl Workload {
     }
 
     /// Memory by cut; of workloads that are about skew, with the contract's cut only.
-    fn memory(self, fleet: &Fleet, partition: Partition, prompts: &[Vec<Block>]) -> Vec<MemoryRow> {
+    fn memory(self, fleet: &Fleet, prompts: &[Vec<Block>]) -> Result<Vec<MemoryRow>, ScaleError> {
         let cuts = Cut::all().filter(|cut| match self.tail() {
             None => *cut != Cut::Worker,
             Some(_) => *cut == Cut::Segment(SEGMENT_BLOCKS),
         });
-        cuts.map(|cut| memory::measure(&fleet.forest, partition, &fleet.pods, prompts, cut)).collect()
+        let row = |cut| memory::measure(&fleet.forest, &fleet.pods, prompts, cut);
+        Ok(cuts.map(row).collect::<Result<_, _>>()?)
     }
 }
 
@@ -349,40 +379,40 @@ fn observe(
 }
 
 /// Asks about every prompt, with every number of servers.
-fn ask(servers: &Servers, forest: &Forest, prompts: &[Vec<Block>]) -> Result<Vec<QueryRow>, ScaleError> {
+fn ask(
+    servers: &Servers,
+    askers: &[Asker],
+    forest: &Forest,
+    prompts: &[Vec<Block>],
+    candidates: &[String],
+) -> Result<Vec<QueryRow>, ScaleError> {
     let mut rows = Vec::new();
-    for number in [1].into_iter().chain(SERVERS) {
-        let asked: Vec<Asked> = prompts
-            .iter()
-            .map(|prompt| servers.ask(forest, prompt, number, &[]))
-            .collect::<Result<_, _>>()?;
-        let mean = |of: fn(&Asked) -> f64| asked.iter().map(of).sum::<f64>() / asked.len().max(1) as f64;
+    for asker in askers {
+        let asked = servers.ask(forest, prompts, asker, candidates)?;
         rows.push(QueryRow {
-            servers: number,
-            fan_out: mean(|asked| asked.servers.into()),
-            question_bytes: mean(|asked| asked.question_bytes as f64),
-            answer_bytes: mean(|asked| asked.answer_bytes as f64),
-            largest_answer: asked.iter().map(|asked| asked.largest_answer).max().unwrap_or(0),
-            refused: asked.iter().map(|asked| asked.refused).sum(),
-            look_up_us: mean(|asked| asked.look_up_ns as f64 / 1e3),
-            ask_us: mean(|asked| asked.ask_ns as f64 / 1e3),
-            rows: mean(|asked| asked.rows as f64),
+            servers: asker.servers,
+            candidates: candidates.len(),
+            fan_out: asked.mean(asked.questions),
+            question_bytes: asked.mean(asked.question_bytes),
+            answer_bytes: asked.mean(asked.answer_bytes),
+            largest_answer: asked.largest_answer,
+            refused: asked.refused,
+            look_up_us: asked.mean(asked.look_up_ns) / 1e3,
+            ask_us: asked.mean(asked.ask_ns) / 1e3,
+            rows: asked.mean(asked.rows as u64),
         });
     }
     Ok(rows)
 }
 
-/// How much of what answers say is about blocks that at least half of the fleet holds.
-fn fleet_wide_share(samples: &[Sample], pods: u64) -> f64 {
-    let (mut hot, mut all) = (0, 0);
+/// Of a query, holders of segments that more than one in [`FLEET_WIDE`] pods holds.
+fn fleet_wide_holders(samples: &[Sample], pods: u64) -> f64 {
+    let mut sum = 0;
     for sample in samples {
-        for start in
-            (0u32..).step_by(SEGMENT_BLOCKS as usize).take_while(|at| (*at as usize) < sample.prompt.len())
-        {
-            let holders = sample.holders(start);
-            all += holders;
-            hot += if 2 * holders >= pods { holders } else { 0 };
-        }
+        let starts = (0u32..).step_by(SEGMENT_BLOCKS as usize);
+        let holders =
+            starts.take_while(|at| (*at as usize) < sample.prompt.len()).map(|at| sample.holders(at));
+        sum += holders.filter(|holders| FLEET_WIDE * holders > pods).sum::<u64>();
     }
-    hot as f64 / all.max(1) as f64
+    sum as f64 / samples.len().max(1) as f64
 }

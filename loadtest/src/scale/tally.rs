@@ -8,16 +8,17 @@ use serde::Serialize;
 use super::cut::{Cut, owners};
 use super::forest::{Block, Forest};
 use super::pod::Pod;
+use super::wire::instance;
 
 /// Numbers of servers that are compared.
 pub(super) const SERVERS: [u16; 5] = [4, 8, 16, 32, 64];
 /// Bytes of a question beside pieces and keys; of a piece; of a key. A test compares with real questions.
-const QUESTION_BYTES: u64 = 149;
+const QUESTION_BYTES: u64 = 117;
 const PIECE_BYTES: u64 = 19;
 const KEY_BYTES: u64 = 8;
-/// Bytes of an answer beside what is held; of a source in a shard, its name and its owner; of a stretch.
+/// Bytes of an answer beside what is held; of a source in a shard and its owner, beside the name; of a stretch.
 const ANSWER_BYTES: u64 = 88;
-const RECORD_BYTES: u64 = 43;
+const RECORD_BYTES: u64 = 27;
 const RANGE_BYTES: u64 = 8;
 
 /// One way of dividing blocks among some servers.
@@ -60,6 +61,8 @@ pub(super) struct Tally {
 pub(super) struct Sample {
     pub(super) prompt: Vec<Block>,
     pub(super) depths: Vec<(u16, u32)>,
+    /// By position in `depths`, bytes of the names up to there.
+    names: Vec<u64>,
 }
 
 /// What a query costs one server.
@@ -68,6 +71,7 @@ struct Share {
     pieces: u64,
     keys: u64,
     records: u64,
+    names: u64,
     ranges: u64,
 }
 
@@ -80,8 +84,18 @@ impl Sample {
         let mut depths: Vec<(u16, u32)> =
             pods.iter().enumerate().map(|(number, pod)| (number as u16, depth(pod))).collect();
         depths.retain(|(_, depth)| *depth > 0);
+        Self::of(prompt, depths)
+    }
+
+    fn of(prompt: Vec<Block>, mut depths: Vec<(u16, u32)>) -> Self {
         depths.sort_unstable_by_key(|(pod, depth)| (std::cmp::Reverse(*depth), *pod));
-        Self { prompt, depths }
+        let mut sum = 0;
+        let mut names = vec![0];
+        names.extend(depths.iter().map(|(pod, _)| {
+            sum += instance(usize::from(*pod)).as_str().len() as u64;
+            sum
+        }));
+        Self { prompt, depths, names }
     }
 
     /// Pods that hold the block at this position.
@@ -186,7 +200,8 @@ fn asked(
             questions[server] += 1;
             pieces[server] += share.pieces;
             question_bytes += QUESTION_BYTES + share.pieces * PIECE_BYTES + share.keys * KEY_BYTES;
-            answer_bytes += ANSWER_BYTES + share.records * RECORD_BYTES + share.ranges * RANGE_BYTES;
+            answer_bytes +=
+                ANSWER_BYTES + share.records * RECORD_BYTES + share.names + share.ranges * RANGE_BYTES;
         }
         fan_outs.push(fan_out);
     }
@@ -222,6 +237,7 @@ fn shares(
         for (pod, _) in &sample.depths {
             let share = &mut shares[usize::from(owners[usize::from(*pod)])];
             (share.records, share.ranges) = (share.records + 1, share.ranges + 1);
+            share.names += instance(usize::from(*pod)).as_str().len() as u64;
         }
         // Nobody knows beforehand who has something: everybody is asked everything.
         shares.iter_mut().for_each(|share| (share.pieces, share.keys) = (1, sample.prompt.len() as u64));
@@ -235,7 +251,10 @@ fn shares(
         share.pieces += 1;
         share.keys += u64::from(stretch.end - stretch.start);
         // Prefixes have no holes: whoever holds something of a later stretch held something of the first one.
-        share.records += if met.insert(stretch.shard) { holders } else { 0 };
+        if met.insert(stretch.shard) {
+            share.records += holders;
+            share.names += sample.names[holders as usize];
+        }
         // What follows directly in the same shard prolongs a range.
         share.ranges += if before == Some(stretch.shard) { 0 } else { holders };
         before = Some(stretch.shard);
@@ -260,7 +279,7 @@ mod tests {
         let mut prompt = Vec::new();
         forest.extend(&mut prompt, 100);
         let partition = Partition::new(64).unwrap();
-        let sample = Sample { prompt, depths: vec![(3, 100), (1, 40)] };
+        let sample = Sample::of(prompt, vec![(3, 100), (1, 40)]);
         assert_eq!([0, 39, 40, 99].map(|position| sample.holders(position)), [2, 2, 1, 1]);
         let owners_of = owners(partition, 8);
         let of = |cut, owners: &[u16]| {

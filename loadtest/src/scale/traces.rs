@@ -173,14 +173,8 @@ impl Ids {
     fn request(&mut self, ids: &[u32], last_blocks: u32, answer: u32) {
         let mut at = Conversation::BEGINNING;
         for id in ids {
-            at = match self.known.get(id) {
-                Some(known) => *known,
-                None => {
-                    let added = self.conversation.add(at);
-                    self.known.insert(*id, added);
-                    added
-                }
-            };
+            let conversation = &mut self.conversation;
+            at = *self.known.entry(*id).or_insert_with(|| conversation.add(at));
         }
         if at != Conversation::BEGINNING {
             self.conversation.requests.push(Recorded { last: at, last_blocks, answer });

@@ -118,7 +118,7 @@ fn workloads(reports: &[WorkloadReport]) {
         "ns/block filled",
         "ns/heartbeat",
         "state B/block",
-        "fleet-wide",
+        "fleet-wide holders",
     ]);
     for report in reports {
         table.add_row([
@@ -134,7 +134,7 @@ fn workloads(reports: &[WorkloadReport]) {
             format!("{:.0}", report.fill_ns_per_block),
             format!("{:.0}", report.ns_per_heartbeat),
             format!("{:.1}", report.state_bytes_per_block),
-            percent(report.fleet_wide_share),
+            format!("{:.0}", report.fleet_wide_holders),
         ]);
     }
     output::line(&table.to_string());
@@ -234,6 +234,7 @@ fn queries(reports: &[WorkloadReport]) {
     let mut table = output::table(&[
         "workload",
         "servers",
+        "candidates",
         "asked",
         "question B",
         "answer B",
@@ -248,6 +249,7 @@ fn queries(reports: &[WorkloadReport]) {
             table.add_row([
                 report.name.to_owned(),
                 row.servers.to_string(),
+                asked_for(row.candidates),
                 format!("{:.1}", row.fan_out),
                 format!("{:.0}", row.question_bytes),
                 format!("{:.0}", row.answer_bytes),
@@ -281,12 +283,12 @@ fn hot(rows: &[HotRow]) {
             row.pods.to_string(),
             row.shared_blocks.to_string(),
             row.servers.to_string(),
-            if row.candidates == 0 { "all".to_owned() } else { row.candidates.to_string() },
-            row.fan_out.to_string(),
-            row.question_bytes.to_string(),
-            row.answer_bytes.to_string(),
+            asked_for(row.candidates),
+            format!("{:.0}", row.fan_out),
+            format!("{:.0}", row.question_bytes),
+            format!("{:.0}", row.answer_bytes),
             row.largest_answer.to_string(),
-            row.refused.to_string(),
+            format!("{:.0}", row.refused),
             format!("{:.0}", row.look_up_us),
             format!("{:.0}", row.ask_us),
         ]);
@@ -298,6 +300,7 @@ fn sizing(rows: &[SizingRow]) {
     let mut table = output::table(&[
         "workload",
         "pods",
+        "candidates",
         "servers",
         "limit",
         "memory GB",
@@ -317,6 +320,7 @@ fn sizing(rows: &[SizingRow]) {
         table.add_row([
             row.workload.to_owned(),
             row.pods.to_string(),
+            if row.is_named { "named" } else { "all" }.to_owned(),
             row.servers.map_or_else(|| "too many".to_owned(), |servers| servers.to_string()),
             row.limit.to_owned(),
             format!("{:.1}", row.memory_gb),
@@ -342,4 +346,8 @@ fn sizing(rows: &[SizingRow]) {
 
 fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
+}
+
+fn asked_for(candidates: usize) -> String {
+    if candidates == 0 { "all".to_owned() } else { candidates.to_string() }
 }
