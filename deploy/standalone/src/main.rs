@@ -56,7 +56,7 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measure a part of kvatlas on this machine.
     Bench(bench::BenchArgs),
-    /// Simulate the protocol under faults, in virtual time.
+    /// Simulate the protocol under faults, or a fleet of thousands of pods, in virtual time.
     Sim(sim::SimArgs),
 }
 
@@ -91,7 +91,7 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Record(args) => record::run(args).await,
         Command::Replay(args) => replay::run(args).await,
         Command::Bench(args) => bench::run(args).await,
-        Command::Sim(args) => Ok(sim::run(&args)),
+        Command::Sim(args) => sim::run(&args),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `kvatlas sim`: the protocol under faults, simulated in virtual time.
+//! `kvatlas sim`: the protocol under faults, and how large a deployment can be, simulated in virtual time.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -8,7 +8,10 @@ use clap::{Args, Subcommand, value_parser};
 use kvatlas_loadtest::sim::{self, Counts, Sabotage, Totals, generate, run_seeds};
 use serde::Serialize;
 
+use crate::failure::Failure;
 use crate::output;
+
+mod scale;
 
 /// How long a failing scenario is made smaller.
 const SHRINK: Duration = Duration::from_secs(30);
@@ -28,6 +31,9 @@ enum What {
     /// what is not so, and once faults stop, all of them must be exact. Where the key space is cut, indexes own parts of it,
     /// which change. Exit code 1 if a seed shows otherwise.
     Faults(FaultsArgs),
+    /// A fleet's blocks, events and queries through the real code, on one machine, and what follows for 10,000 pods: servers,
+    /// memory, bytes on the bus, and how evenly they are spread, against other ways of sharding.
+    Scale(scale::ScaleArgs),
 }
 
 #[derive(Args)]
@@ -89,9 +95,10 @@ struct FaultsReport<'a> {
 }
 
 /// Runs `sim`.
-pub fn run(args: &SimArgs) -> ExitCode {
+pub fn run(args: &SimArgs) -> Result<ExitCode, Failure> {
     match &args.what {
-        What::Faults(args) => faults(args),
+        What::Faults(args) => Ok(faults(args)),
+        What::Scale(args) => scale::run(args),
     }
 }
 
