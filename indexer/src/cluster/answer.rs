@@ -101,7 +101,7 @@ mod wire {
         pub load_blocks: u32,
         pub group: u16,
         pub tier: u8,
-        pub kind: u8,
+        pub needs: u8,
     }
 
     #[derive(Debug, Archive, Serialize, Deserialize)]
@@ -279,13 +279,13 @@ fn kind_of(owner: &FrameOwner) -> wire::Kind {
         load_blocks: owner.load_blocks,
         group: owner.group.0,
         tier: owner.tier as u8,
-        kind,
+        needs: kind,
     }
 }
 
 fn owner_of(record: &wire::ArchivedKind) -> Result<FrameOwner, ParseAnswerError> {
     let (window_tokens, block_tokens) = (record.window_tokens.to_native(), record.block_tokens.to_native());
-    let kind = match record.kind {
+    let kind = match record.needs {
         0 => GroupKind::Full,
         1 if window_tokens > 0 && block_tokens > 0 => {
             GroupKind::SlidingWindow { window_tokens, block_tokens }

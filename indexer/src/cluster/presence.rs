@@ -48,10 +48,13 @@ pub(crate) struct Presence {
     partition: Partition,
     servers: BTreeMap<String, Known>,
     /// The shards of every set that was ever announced, so that they are worked out once.
-    contents: BTreeMap<ShardSet, Arc<[bool]>>,
+    contents: BTreeMap<ShardSet, Content>,
     /// What [`Self::cover`] chooses from, until then.
-    available: (Vec<(ShardSet, Arc<[bool]>)>, u64),
+    available: (Vec<(ShardSet, Content)>, u64),
 }
+
+/// By number, the shards of a set.
+type Content = Arc<[bool]>;
 
 #[derive(Debug)]
 struct Known {

@@ -208,7 +208,7 @@ impl ShardQuestion {
             }
             chains.push(ChainQuestion {
                 block_size: chain.block_size.to_native(),
-                variant: chain.has_variant.then(|| KeyVariant {
+                variant: chain.has_variant.then_some(KeyVariant {
                     multimodal_offsets: chain.multimodal_offsets,
                     lookahead_tokens: chain.lookahead_tokens,
                 }),

@@ -339,7 +339,7 @@ pub fn sweep(partition: Partition) -> Vec<u64> {
     let mut keys = Vec::new();
     for shard in 0..partition.shards() {
         let lies_here = |key: &u64| partition.shard_of(BlockKey(*key)) == shard;
-        let first = (1_u64..).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).find(lies_here);
+        let first = (1..u64::MAX).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).find(lies_here);
         let first = first.expect("every shard has keys");
         keys.extend((0..u64::from(SEGMENT_BLOCKS)).map(|step| first ^ (step << 1)));
     }

@@ -52,7 +52,7 @@ async fn hang(mut stream: tokio::net::TcpStream) {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let info = r#"INFO {"server_id":"x","server_name":"x","version":"2.11.0","go":"","proto":1,"host":"x","port":1,"max_payload":1048576,"headers":true,"client_id":1,"client_ip":"127.0.0.1"}"#;
     stream.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
-    let mut said = Vec::new();
+    let mut said: Vec<u8> = Vec::new();
     while !said.windows(4).any(|word| word == b"PING") {
         let mut bytes = [0; 1_024];
         let read = stream.read(&mut bytes).await.unwrap();
