@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use super::coordinator::SHARD_TIMEOUT;
 use super::metrics::ClusterMetrics;
 use super::presence::{ANNOUNCE_MS, Announcement, Presence};
 use super::responder::Responder;
@@ -31,6 +32,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long the new division has to be complete before the old one is given up: longer than an announcement takes to be
 /// everywhere, so that nobody asks who has let go.
 const HANDOVER_GRACE: Duration = Duration::from_secs(1);
+/// How long a set that is given up is still answered for after the last announcement that names it: two announcements without it
+/// (one may be lost), and the longest that a question is waited for. Whoever asked before it heard gets its answer.
+const LEAVE_GRACE: Duration = Duration::from_millis(2 * ANNOUNCE_MS + SHARD_TIMEOUT.as_millis() as u64);
 /// Longest wait for publishers that do not prove what they hold; then the server answers for what it has, which says so.
 pub(crate) const PROOF_MAX: Duration = Duration::from_secs(30);
 /// Name of the queue group that servers of a set share.
@@ -72,6 +76,8 @@ pub(crate) struct HeldSet {
     since: Instant,
     /// Ends the answering of questions about it; `None` while it is taken in.
     answering: Option<CancellationToken>,
+    /// Since when it is not announced any more, if it is to be given up.
+    leaving: Option<Instant>,
 }
 
 // === impl Serving ===
@@ -155,8 +161,10 @@ impl Steward {
     /// Takes in, answers for, lets go. True if what others must know has changed.
     async fn look_after(&mut self) -> bool {
         let wanted = *self.wanted.borrow_and_update();
-        if !self.held.iter().any(|held| held.set == wanted) {
-            self.take_in(wanted).await;
+        match self.held.iter_mut().find(|held| held.set == wanted) {
+            // Wanted again before it was gone.
+            Some(held) => held.leaving = None,
+            None => self.take_in(wanted).await,
         }
         if !*self.loaded.borrow() {
             self.held.iter_mut().for_each(|held| held.since = Instant::now());
@@ -168,12 +176,14 @@ impl Steward {
                 changed |= self.answer_for(at).await;
             }
         }
-        changed | self.let_go(wanted).await
+        let leaves = self.leave(wanted);
+        self.let_go(wanted).await;
+        changed | leaves
     }
 
     async fn take_in(&mut self, set: ShardSet) {
         let before = self.owned();
-        self.held.push(HeldSet { set, since: Instant::now(), answering: None });
+        self.held.push(HeldSet { set, since: Instant::now(), answering: None, leaving: None });
         let owned = self.owned();
         let mut subscriptions = Vec::new();
         for shard in owned.iter().filter(|shard| !before.contains(shard)) {
@@ -246,11 +256,12 @@ impl Steward {
         true
     }
 
-    /// Gives up what is not wanted once everybody can do without.
-    async fn let_go(&mut self, wanted: ShardSet) -> bool {
+    /// Says no more that it has what is not wanted, once everybody can do without.
+    fn leave(&mut self, wanted: ShardSet) -> bool {
         let has_wanted = self.held.iter().any(|held| held.set == wanted && held.answering.is_some());
         let complete = has_wanted && self.presence.lock().is_complete(wanted.servers(), self.clock.now_ms());
-        if self.held.len() < 2 || !complete {
+        let stays = |held: &HeldSet| held.set == wanted || held.leaving.is_some();
+        if self.held.iter().all(stays) || !complete {
             self.complete_since = None;
             return false;
         }
@@ -258,8 +269,19 @@ impl Steward {
             return false;
         }
         self.complete_since = None;
-        let (kept, old): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.held).into_iter().partition(|held| held.set == wanted);
+        for held in self.held.iter_mut().filter(|held| !stays(held)) {
+            held.leaving = Some(Instant::now());
+        }
+        true
+    }
+
+    /// Gives up what nobody counts on any more.
+    async fn let_go(&mut self, wanted: ShardSet) {
+        let is_over = |held: &HeldSet| held.leaving.is_some_and(|since| since.elapsed() >= LEAVE_GRACE);
+        if !self.held.iter().any(is_over) {
+            return;
+        }
+        let (old, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.held).into_iter().partition(is_over);
         self.held = kept;
         self.serve();
         for held in old {
@@ -269,7 +291,6 @@ impl Steward {
         let owned = self.owned();
         self.metrics.owned_shards.set(owned.len() as i64);
         let _ = self.ingest.send(Owned { shards: owned, subscriptions: Vec::new() }).await;
-        true
     }
 
     fn owned(&self) -> Vec<ShardId> {
@@ -292,7 +313,7 @@ impl Steward {
     }
 
     async fn announce(&self) {
-        let answered = self.held.iter().filter(|held| held.answering.is_some());
+        let answered = self.held.iter().filter(|held| held.answering.is_some() && held.leaving.is_none());
         let said = Announcement {
             server: self.server.clone(),
             shards: self.index.partition().shards(),

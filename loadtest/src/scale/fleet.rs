@@ -263,7 +263,8 @@ mod tests {
         let before = fleet.counts;
         (0..40 * STEPS_PER_SECOND).for_each(|_| fleet.step());
         let operations = fleet.counts.stored + fleet.counts.removed - before.stored - before.removed;
+        // Less by what several requests of one moment have in common.
         let wanted = 8 * 1_000 * 40;
-        assert!((wanted * 9 / 10..wanted * 11 / 10).contains(&operations), "{operations}");
+        assert!((wanted * 8 / 10..wanted * 11 / 10).contains(&operations), "{operations}");
     }
 }

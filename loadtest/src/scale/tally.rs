@@ -16,8 +16,10 @@ pub(super) const SERVERS: [u16; 5] = [4, 8, 16, 32, 64];
 const QUESTION_BYTES: u64 = 117;
 const PIECE_BYTES: u64 = 19;
 const KEY_BYTES: u64 = 8;
-/// Bytes of an answer beside what is held; of a source in a shard and its owner, beside the name; of a stretch.
-const ANSWER_BYTES: u64 = 88;
+/// Bytes of an answer without anything; of the one kind of owner, in answers with something; of a source in a shard and its
+/// owner, beside the name; of a stretch.
+const ANSWER_BYTES: u64 = 63;
+const KIND_BYTES: u64 = 24;
 const RECORD_BYTES: u64 = 27;
 const RANGE_BYTES: u64 = 8;
 

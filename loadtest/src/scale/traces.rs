@@ -204,12 +204,12 @@ fn synthetic_mooncake(seed: u64) -> Conversation {
     // Ends of what may be continued.
     let mut ends: Vec<u32> = Vec::new();
     for _ in 0..SYNTHETIC_REQUESTS {
-        let continues = !ends.is_empty() && random.random_range(0.0..1.0) < 0.40;
+        let continues = !ends.is_empty() && random.random_range(0.0..1.0) < 0.30;
         let mut at = root;
         if continues {
             at = ends.swap_remove(random.random_range(0..ends.len()));
         }
-        let median = if continues { 4_000.0 } else { 5_800.0 };
+        let median = if continues { 2_600.0 } else { 5_200.0 };
         let tokens = log_normal(&mut random, median, 1.05).clamp(16.0, 120_000.0) as u32;
         for _ in 0..tokens.div_ceil(MOONCAKE_ID_TOKENS) {
             at = conversation.add(at);
