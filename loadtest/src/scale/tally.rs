@@ -202,8 +202,11 @@ fn asked(
             questions[server] += 1;
             pieces[server] += share.pieces;
             question_bytes += QUESTION_BYTES + share.pieces * PIECE_BYTES + share.keys * KEY_BYTES;
-            answer_bytes +=
-                ANSWER_BYTES + share.records * RECORD_BYTES + share.names + share.ranges * RANGE_BYTES;
+            answer_bytes += ANSWER_BYTES
+                + if share.records > 0 { KIND_BYTES } else { 0 }
+                + share.records * RECORD_BYTES
+                + share.names
+                + share.ranges * RANGE_BYTES;
         }
         fan_outs.push(fan_out);
     }
