@@ -18,7 +18,7 @@ use crate::keys::BlockKey;
 
 /// Blocks of a segment. Longer ones cost fewer look-ups and less memory; shorter ones spread what follows a shared beginning
 /// better: all that branches off inside a segment lies in that segment's shard. See `docs/scale.md` for figures.
-pub const SEGMENT_BLOCKS: u32 = 32;
+pub const SEGMENT_BLOCKS: u32 = 16;
 /// Most virtual shards of a deployment. Each costs a publisher a heartbeat a second.
 pub const MAX_SHARDS: u16 = 1_024;
 /// Most servers that shards are divided among.

@@ -47,12 +47,12 @@ fn a_quick_study_of_scale_says_what_is_even_and_what_is_not() {
     assert!(output.status.success(), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("queries"), "progress is on standard error");
     let study: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let (root, segments) = (json!("root"), json!({"segment": 32}));
+    let (root, segments) = (json!("root"), json!({"segment": 16}));
     // With one prompt for all, one server has everything if the prompt's beginning decides.
     assert!(division(&study, "one-2000", &root, 16)["ingest_skew"].as_f64() > Some(15.0));
     assert!(division(&study, "one-2000", &segments, 16)["ingest_skew"].as_f64() <= Some(1.3));
-    // Tails that end in the segment in which they branch off all lie in it: the weakness of segments.
-    assert!(division(&study, "one-16", &segments, 16)["ingest_skew"].as_f64() > Some(12.0));
+    // Of short tails, what lies in the segment in which they branch off is much: the weakness of segments.
+    assert!(division(&study, "one-16", &segments, 16)["ingest_skew"].as_f64() > Some(6.0));
     for workload in ["zipf", "mooncake", "agents"] {
         let ours = division(&study, workload, &segments, 8);
         assert!(

@@ -1,17 +1,19 @@
 //! What a server found of a prompt in its shards.
 //!
 //! Who holds which stretches of the prompt, by source and owner, and how far each source can be trusted. Ages are relative, so
-//! that no clocks have to agree. Sealed (magic `KVAT`); the body is an rkyv archive.
+//! that no clocks have to agree. Sealed (magic `KVAT`); the body is an rkyv archive, in which stretches are places of the question
+//! ([`Places`]): an answer can be read only by whoever knows what was asked, and a source that holds a prefix costs the same
+//! however many segments it has.
 
 use kvatlas_proto::frame::FrameOwner;
 use kvatlas_proto::ids::{InvalidInstanceError, MAX_MEDIUM_BYTES};
 use kvatlas_proto::sealed::{OpenError, Seal};
 use kvatlas_proto::{CacheGroup, DpRank, GroupKind, InstanceId, SourceId, Tier};
 
-use super::question::MAX_MESSAGE_BYTES;
+use super::question::{MAX_MESSAGE_BYTES, Places, ShardQuestion};
 use crate::sources::SourceState;
 
-const ANSWER_VERSION: u16 = 1;
+const ANSWER_VERSION: u16 = 2;
 const SEAL: Seal = Seal { what: "an answer of a shard server", magic: *b"KVAT", version: ANSWER_VERSION };
 /// An age that nobody knows.
 const NO_AGE: u32 = u32::MAX;
@@ -23,7 +25,7 @@ pub struct ShardAnswer {
     pub(crate) missing: Vec<u16>,
     /// Whether a piece with a base was found here.
     pub(crate) base_found: bool,
-    /// Who holds something, in the order of chains; of one chain, a source may be there several times, once per shard.
+    /// Who holds something, in the order of chains; of one chain, each source once.
     pub(crate) held: Vec<HeldBySource>,
     /// Who may hold more than is said, and why: sources that are not (only) live or verified.
     pub(crate) doubtful: Vec<Doubt>,
@@ -46,7 +48,7 @@ pub(crate) struct HeldBySource {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HeldByOwner {
     pub(crate) owner: FrameOwner,
-    /// First position, and the one after the last.
+    /// First position, and the one after the last; ascending, disjoint.
     pub(crate) ranges: Vec<(u32, u32)>,
 }
 
@@ -144,8 +146,9 @@ mod wire {
 // === impl ShardAnswer ===
 
 impl ShardAnswer {
-    /// The answer as a message.
-    pub fn encode(&self) -> Result<Vec<u8>, EncodeAnswerError> {
+    /// The answer to `question` as a message.
+    pub fn encode(&self, question: &ShardQuestion) -> Result<Vec<u8>, EncodeAnswerError> {
+        let places: Vec<Places> = question.chains.iter().map(Places::of).collect();
         let mut body = wire::Body {
             missing: self.missing.clone(),
             base_found: self.base_found,
@@ -171,8 +174,10 @@ impl ShardAnswer {
                     body.kinds.push(kind_of(&owner.owner));
                     known.len() - 1
                 });
-                body.owners.push(wire::Owner { kind: kind as u16, ranges: owner.ranges.len() as u32 });
-                body.ranges.extend(owner.ranges.iter().flat_map(|(start, end)| [*start, *end]));
+                let places = places.get(usize::from(held.chain));
+                let ranges = places.map_or_else(Vec::new, |places| places.of_positions(&owner.ranges));
+                body.owners.push(wire::Owner { kind: kind as u16, ranges: ranges.len() as u32 });
+                body.ranges.extend(ranges.iter().flat_map(|(start, end)| [*start, *end]));
             }
         }
         let room = 256 + body.sources.len() * 48 + body.owners.len() * 8 + body.ranges.len() * 4;
@@ -185,33 +190,38 @@ impl ShardAnswer {
         Ok(out)
     }
 
-    /// Checks everything about a received answer.
-    pub fn parse(bytes: &[u8]) -> Result<Self, ParseAnswerError> {
+    /// Checks everything about a received answer to `question`.
+    pub fn parse(bytes: &[u8], question: &ShardQuestion) -> Result<Self, ParseAnswerError> {
         if bytes.len() > MAX_MESSAGE_BYTES {
             return Err(ParseAnswerError::Size(bytes.len()));
         }
         let body = rkyv::access::<wire::ArchivedBody, rkyv::rancor::Error>(SEAL.open(bytes)?)
             .map_err(ParseAnswerError::Archive)?;
+        let places: Vec<Places> = question.chains.iter().map(Places::of).collect();
         let kinds: Vec<FrameOwner> = body.kinds.iter().map(owner_of).collect::<Result<_, _>>()?;
         let mut owners = body.owners.iter();
         let mut ranges = body.ranges.as_slice().chunks_exact(2);
         let mut held = Vec::with_capacity(body.sources.len());
         for source in body.sources.iter() {
+            let places = places.get(usize::from(source.chain.to_native()));
+            let places = places.ok_or(ParseAnswerError::Inconsistent("a chain was not asked about"))?;
             let mut own = Vec::with_capacity(usize::from(source.owners.to_native()));
             for _ in 0..source.owners.to_native() {
                 let owner = owners.next().ok_or(ParseAnswerError::Inconsistent("owners are missing"))?;
                 let kind = kinds.get(usize::from(owner.kind.to_native()));
                 let kind = kind.ok_or(ParseAnswerError::Inconsistent("an owner is of no kind"))?;
                 let mut stretches = Vec::new();
+                let mut least = 0;
                 for _ in 0..owner.ranges.to_native() {
                     let range = ranges.next().ok_or(ParseAnswerError::Inconsistent("ranges are missing"))?;
                     let (start, end) = (range[0].to_native(), range[1].to_native());
-                    if start >= end || end > crate::request::MAX_PROMPT_BLOCKS {
-                        return Err(ParseAnswerError::Inconsistent("a range is nowhere in a prompt"));
+                    if start < least || start >= end {
+                        return Err(ParseAnswerError::Inconsistent("ranges are not in order"));
                     }
+                    least = end;
                     stretches.push((start, end));
                 }
-                own.push(HeldByOwner { owner: kind.clone(), ranges: stretches });
+                own.push(HeldByOwner { owner: kind.clone(), ranges: places.positions(&stretches) });
             }
             let age = source.age_ms.to_native();
             held.push(HeldBySource {
@@ -308,8 +318,10 @@ fn owner_of(record: &wire::ArchivedKind) -> Result<FrameOwner, ParseAnswerError>
 
 #[cfg(test)]
 mod tests {
+    use kvatlas_proto::BlockKey;
     use proptest::prelude::*;
 
+    use super::super::question::{ChainQuestion, Piece};
     use super::*;
 
     fn held(chain: u16, name: &str, ranges: Vec<(u32, u32)>) -> HeldBySource {
@@ -328,26 +340,64 @@ mod tests {
         }
     }
 
+    /// A question about two chains: one whole, one of which others know the blocks from 40 to 60.
+    fn question() -> ShardQuestion {
+        let piece = |first, blocks| Piece { first, keys: vec![BlockKey(1); blocks], ..Piece::default() };
+        let chain = |pieces| ChainQuestion { block_size: 16, pieces, ..ChainQuestion::default() };
+        let chains = vec![chain(vec![piece(0, 100)]), chain(vec![piece(0, 40), piece(60, 40)])];
+        ShardQuestion { chains, ..ShardQuestion::default() }
+    }
+
     proptest! {
         #[test]
-        fn answers_round_trip(starts in proptest::collection::vec(0u32..100_000, 0..40), missing in any::<Vec<u16>>()) {
-            let ranges: Vec<_> = starts.iter().map(|start| (*start, start + 5)).collect();
+        fn answers_round_trip(steps in proptest::collection::vec(1u32..9, 0..20), missing in any::<Vec<u16>>()) {
+            let mut ends = steps.iter().scan(0, |at, step| { *at += step; Some(*at) }).filter(|end| *end < 40);
+            let mut ranges = Vec::new();
+            while let (Some(start), Some(end)) = (ends.next(), ends.next()) {
+                ranges.push((start, end));
+            }
+            let mut beyond = ranges.clone();
+            beyond.push((60, 70));
             let doubt = |state| Doubt { source: source_of("d:1", 0).unwrap(), block_size: 16, state };
             let answer = ShardAnswer {
                 missing,
                 base_found: ranges.len() % 2 == 0,
-                held: vec![held(0, "a:1", ranges.clone()), held(1, "b:1", Vec::new()), held(1, "a:1", ranges)],
+                held: vec![held(0, "a:1", ranges), held(1, "b:1", Vec::new()), held(1, "a:1", beyond)],
                 doubtful: SourceState::ALL.into_iter().map(doubt).collect(),
             };
-            prop_assert_eq!(ShardAnswer::parse(&answer.encode().unwrap()).unwrap(), answer);
+            prop_assert_eq!(ShardAnswer::parse(&answer.encode(&question()).unwrap(), &question()).unwrap(), answer);
         }
 
         #[test]
         fn hostile_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 0usize..150) {
-            prop_assert!(ShardAnswer::parse(&bytes).is_err());
+            prop_assert!(ShardAnswer::parse(&bytes, &question()).is_err());
             let good = ShardAnswer { held: vec![held(0, "a:1", vec![(0, 3)])], ..ShardAnswer::default() };
-            let good = good.encode().unwrap();
-            prop_assert!(ShardAnswer::parse(&good[..cut.min(good.len() - 1)]).is_err());
+            let good = good.encode(&question()).unwrap();
+            prop_assert!(ShardAnswer::parse(&good[..cut.min(good.len() - 1)], &question()).is_err());
         }
+    }
+
+    #[test]
+    fn a_prefix_costs_the_same_however_many_segments_it_is_cut_into() {
+        let bytes = |piece_blocks: u32| {
+            let first = (0..2_048).step_by(2 * piece_blocks as usize);
+            let keys = vec![BlockKey(1); piece_blocks as usize];
+            let piece = |first| Piece { first, keys: keys.clone(), ..Piece::default() };
+            let pieces: Vec<Piece> = first.map(piece).collect();
+            let ranges = pieces.iter().map(|piece| (piece.first, piece.first + piece_blocks)).collect();
+            let chain = ChainQuestion { block_size: 16, pieces, ..ChainQuestion::default() };
+            let question = ShardQuestion { chains: vec![chain], ..ShardQuestion::default() };
+            let answer = ShardAnswer { held: vec![held(0, "a:1", ranges)], ..ShardAnswer::default() };
+            answer.encode(&question).unwrap().len()
+        };
+        assert_eq!(bytes(16), bytes(64));
+    }
+
+    #[test]
+    fn an_answer_about_what_was_not_asked_is_refused() {
+        let answer = ShardAnswer { held: vec![held(1, "a:1", vec![(0, 3)])], ..ShardAnswer::default() };
+        let bytes = answer.encode(&question()).unwrap();
+        let error = ShardAnswer::parse(&bytes, &ShardQuestion::default()).unwrap_err();
+        assert!(error.to_string().contains("not asked"), "{error}");
     }
 }

@@ -205,7 +205,8 @@ impl Coordinator {
     async fn ask(&self, inquiry: &Inquiry<'_>, set: ShardSet, shards: &[u16], deadline: Instant) -> Asked {
         let started = Instant::now();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let payload = match inquiry.question(number, |shard| shards.contains(&shard)).encode() {
+        let asked = inquiry.question(number, |shard| shards.contains(&shard));
+        let payload = match asked.encode() {
             Ok(payload) => Bytes::from(payload),
             Err(error) => {
                 tracing::warn!(%set, %error, "a question could not be asked");
@@ -241,7 +242,7 @@ impl Coordinator {
                         }
                         continue;
                     }
-                    match ShardAnswer::parse(&bytes) {
+                    match ShardAnswer::parse(&bytes, &asked) {
                         Ok(answer) => {
                             self.note_time(started.elapsed());
                             self.metrics.answer_bytes.inc_by(bytes.len() as u64);

@@ -3,13 +3,13 @@
 use foldhash::{HashMap, HashSet};
 use kvatlas_proto::frame::FrameOwner;
 use kvatlas_proto::keys::{KEY_VERSION, KeyVariant};
-use kvatlas_proto::{GroupKind, InstanceId, Scope, ShardId};
+use kvatlas_proto::{GroupKind, InstanceId, Scope, ShardId, SourceId};
 
 use super::answer::{Doubt, HeldByOwner, HeldBySource, ShardAnswer};
 use super::question::{ChainQuestion, Piece, ShardQuestion};
 use crate::index::Index;
 use crate::query::MATCH;
-use crate::scope_index::{OwnerNo, ScopeState, SourceEntry, SourceNo};
+use crate::scope_index::{OwnerEntry, OwnerNo, ScopeState, SourceEntry, SourceNo};
 
 /// Most sources that an answer names as doubtful; beyond that, an index that is in such doubt is not ready anyway.
 const MAX_DOUBTFUL: usize = 4_096;
@@ -32,6 +32,7 @@ impl Index {
             else {
                 continue;
             };
+            let mut found = Found::default();
             for (shard, pieces) in self.by_shard(chain) {
                 if !serves(shard) {
                     // Nobody expects this very server to have a base.
@@ -43,8 +44,9 @@ impl Index {
                 let Some(part) = self.part(&scope, shard) else { continue };
                 let state = part.state.read();
                 let asked = Asked { number: number as u16, chain, wanted: &wanted, now_ms };
-                state.held(&asked, &pieces, &mut answer);
+                state.held(&asked, &pieces, &mut found, &mut answer);
             }
+            answer.held.append(&mut found.in_order());
         }
         answer.missing.sort_unstable();
         answer.missing.dedup();
@@ -77,6 +79,74 @@ struct Asked<'q> {
     now_ms: u64,
 }
 
+/// What was found of one chain, in all shards together.
+#[derive(Default)]
+struct Found {
+    held: Vec<HeldBySource>,
+    by_source: HashMap<SourceId, usize>,
+}
+
+// === impl Found ===
+
+impl Found {
+    /// The source's entry, made if there is none, and how far the source can be trusted in this shard too.
+    fn of(&mut self, source: &SourceEntry, asked: &Asked<'_>) -> &mut HeldBySource {
+        let state = source.tracker.state();
+        let age = source.tracker.verified_ms().map(|at| asked.now_ms.saturating_sub(at));
+        let verified_age_ms = age.map(|age| u32::try_from(age).unwrap_or(u32::MAX - 1));
+        if let Some(at) = self.by_source.get(&source.id) {
+            let held = &mut self.held[*at];
+            held.state = held.state.worse(state);
+            held.verified_age_ms = held.verified_age_ms.zip(verified_age_ms).map(|(a, b)| a.max(b));
+            return held;
+        }
+        let at = self.held.len();
+        self.by_source.insert(source.id.clone(), at);
+        let (chain, source) = (asked.number, source.id.clone());
+        self.held.push(HeldBySource { chain, source, state, verified_age_ms, owners: Vec::new() });
+        &mut self.held[at]
+    }
+
+    /// Everything, with the stretches of each owner as the prompt has them.
+    fn in_order(mut self) -> Vec<HeldBySource> {
+        for owner in self.held.iter_mut().flat_map(|held| &mut held.owners) {
+            owner.ranges.sort_unstable();
+            owner.ranges.dedup_by(|next, last| {
+                let overlaps = next.0 <= last.1;
+                last.1 = if overlaps { last.1.max(next.1) } else { last.1 };
+                overlaps
+            });
+        }
+        self.held
+    }
+}
+
+// === impl HeldBySource ===
+
+impl HeldBySource {
+    /// Adds what an owner holds in one more shard.
+    fn add(&mut self, owner: &OwnerEntry, mut ranges: Vec<(u32, u32)>) {
+        let is_it = |held: &HeldByOwner| {
+            held.owner.tier == owner.tier.tier()
+                && held.owner.group == owner.group
+                && held.owner.medium == *owner.medium
+        };
+        match self.owners.iter_mut().find(|held| is_it(held)) {
+            Some(held) => held.ranges.append(&mut ranges),
+            None => self.owners.push(HeldByOwner {
+                owner: FrameOwner {
+                    tier: owner.tier.tier(),
+                    medium: owner.medium.to_string(),
+                    group: owner.group,
+                    kind: owner.kind,
+                    load_blocks: owner.load_blocks,
+                },
+                ranges,
+            }),
+        }
+    }
+}
+
 // === impl Asked ===
 
 impl Asked<'_> {
@@ -96,8 +166,8 @@ impl Asked<'_> {
 
 impl ScopeState {
     /// Adds who holds what of these pieces, and whom not to rely on.
-    fn held(&self, asked: &Asked<'_>, pieces: &[&Piece], answer: &mut ShardAnswer) {
-        let mut found: HashMap<OwnerNo, Vec<(u32, u32)>> = HashMap::default();
+    fn held(&self, asked: &Asked<'_>, pieces: &[&Piece], found: &mut Found, answer: &mut ShardAnswer) {
+        let mut here: HashMap<OwnerNo, Vec<(u32, u32)>> = HashMap::default();
         let mut admitted: HashMap<OwnerNo, bool> = HashMap::default();
         MATCH.with_borrow_mut(|matched| {
             for piece in pieces {
@@ -127,7 +197,7 @@ impl ScopeState {
                             _ => run.start,
                         };
                         let (start, end) = (start + offset, run.end + offset);
-                        let ranges = found.entry(no).or_default();
+                        let ranges = here.entry(no).or_default();
                         match ranges.last_mut().filter(|last| last.1 == start) {
                             Some(last) => last.1 = end,
                             None if start < end => ranges.push((start, end)),
@@ -138,40 +208,18 @@ impl ScopeState {
             }
         });
         let mut touched: Vec<SourceNo> =
-            found.keys().filter_map(|no| self.owner(*no)).map(|owner| owner.source).collect();
+            here.keys().filter_map(|no| self.owner(*no)).map(|owner| owner.source).collect();
         touched.sort_unstable();
         touched.dedup();
         for source in touched.into_iter().filter_map(|no| self.source(no)) {
-            answer.held.push(self.held_by(source, asked, &mut found));
+            let held = found.of(source, asked);
+            for no in &source.owners {
+                if let Some(owner) = self.owner(*no) {
+                    held.add(owner, here.remove(no).unwrap_or_default());
+                }
+            }
         }
         self.add_doubtful(asked, answer);
-    }
-
-    fn held_by(
-        &self,
-        source: &SourceEntry,
-        asked: &Asked<'_>,
-        found: &mut HashMap<OwnerNo, Vec<(u32, u32)>>,
-    ) -> HeldBySource {
-        let owners = source.owners.iter().filter_map(|no| {
-            let owner = self.owner(*no)?;
-            let owner = FrameOwner {
-                tier: owner.tier.tier(),
-                medium: owner.medium.to_string(),
-                group: owner.group,
-                kind: owner.kind,
-                load_blocks: owner.load_blocks,
-            };
-            Some(HeldByOwner { owner, ranges: found.remove(no).unwrap_or_default() })
-        });
-        let age = source.tracker.verified_ms().map(|at| asked.now_ms.saturating_sub(at));
-        HeldBySource {
-            chain: asked.number,
-            source: source.id.clone(),
-            state: source.tracker.state(),
-            verified_age_ms: age.map(|age| u32::try_from(age).unwrap_or(u32::MAX - 1)),
-            owners: owners.collect(),
-        }
     }
 
     fn add_doubtful(&self, asked: &Asked<'_>, answer: &mut ShardAnswer) {

@@ -53,6 +53,20 @@ pub(crate) struct Piece {
     pub(crate) keys: Vec<BlockKey>,
 }
 
+/// Where the blocks of a question's pieces are in the prompt, and back. *Places* count through the pieces as if they were one
+/// prompt: whoever holds a prefix holds one range of places, however many pieces it was cut into.
+pub(crate) struct Places {
+    /// Ascending, disjoint, none of them empty.
+    spans: Vec<Span>,
+}
+
+/// Blocks that follow each other in the prompt and in the question.
+struct Span {
+    position: u32,
+    place: u32,
+    blocks: u32,
+}
+
 /// The question cannot be sent.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeQuestionError {
@@ -120,6 +134,70 @@ mod wire {
 
 const ANY_SHARD: u16 = u16::MAX;
 
+// === impl Places ===
+
+impl Places {
+    pub(crate) fn of(chain: &ChainQuestion) -> Self {
+        let mut spans: Vec<Span> = Vec::with_capacity(chain.pieces.len());
+        for piece in &chain.pieces {
+            // A base stands for all blocks up to it.
+            let position = if piece.base.is_some() { 0 } else { piece.first };
+            let blocks = piece.end() - position;
+            if blocks == 0 {
+                continue;
+            }
+            match spans.last_mut() {
+                Some(last) if last.position + last.blocks == position => last.blocks += blocks,
+                last => {
+                    let place = last.map_or(0, |last| last.place + last.blocks);
+                    spans.push(Span { position, place, blocks });
+                }
+            }
+        }
+        Self { spans }
+    }
+
+    /// Ascending ranges of positions as ranges of places. What no piece has falls away.
+    pub(crate) fn of_positions(&self, ranges: &[(u32, u32)]) -> Vec<(u32, u32)> {
+        translated(&self.spans, ranges, |span| span.position, |span| span.place)
+    }
+
+    /// Ascending ranges of places as ranges of positions.
+    pub(crate) fn positions(&self, ranges: &[(u32, u32)]) -> Vec<(u32, u32)> {
+        translated(&self.spans, ranges, |span| span.place, |span| span.position)
+    }
+}
+
+fn translated(
+    spans: &[Span],
+    ranges: &[(u32, u32)],
+    from: impl Fn(&Span) -> u32,
+    to: impl Fn(&Span) -> u32,
+) -> Vec<(u32, u32)> {
+    let mut out: Vec<(u32, u32)> = Vec::new();
+    for &(start, end) in ranges {
+        let first = spans.partition_point(|span| from(span) + span.blocks <= start);
+        for span in spans[first..].iter().take_while(|span| from(span) < end) {
+            let (start, end) = (start.max(from(span)), end.min(from(span) + span.blocks));
+            let (start, end) = (start - from(span) + to(span), end - from(span) + to(span));
+            match out.last_mut() {
+                Some(last) if last.1 == start => last.1 = end,
+                _ => out.push((start, end)),
+            }
+        }
+    }
+    out
+}
+
+// === impl Piece ===
+
+impl Piece {
+    /// The position after its last block.
+    fn end(&self) -> u32 {
+        self.first + self.keys.len() as u32
+    }
+}
+
 // === impl ShardQuestion ===
 
 impl ShardQuestion {
@@ -184,7 +262,7 @@ impl ShardQuestion {
         let mut keys = body.keys.as_slice();
         let mut chains = Vec::with_capacity(body.chains.len());
         for chain in body.chains.iter() {
-            let mut own = Vec::new();
+            let mut own: Vec<Piece> = Vec::new();
             for _ in 0..chain.pieces.to_native() {
                 let piece = pieces.next().ok_or(ParseQuestionError::Inconsistent("pieces are missing"))?;
                 let (these, rest) = keys
@@ -198,6 +276,15 @@ impl ShardQuestion {
                 }
                 if first.checked_add(these.len() as u32).is_none() || (piece.has_base && first == 0) {
                     return Err(ParseQuestionError::Inconsistent("a piece is nowhere in a prompt"));
+                }
+                let is_in_order = match own.last() {
+                    Some(before) => first >= before.end() && !piece.has_base,
+                    None => true,
+                };
+                if !is_in_order {
+                    return Err(ParseQuestionError::Inconsistent(
+                        "pieces are not in the order of the prompt",
+                    ));
                 }
                 own.push(Piece {
                     shard: (shard != ANY_SHARD).then_some(shard),
@@ -251,11 +338,48 @@ mod tests {
         fn questions_round_trip(keys in proptest::collection::vec(any::<u64>(), 0..100), shard in 0u16..1_024) {
             let keys: Vec<_> = keys.into_iter().map(BlockKey).collect();
             let pieces = vec![
-                Piece { shard: Some(shard), first: 0, base: None, keys: keys.clone() },
-                Piece { shard: None, first: 9, base: Some(BlockKey(3)), keys },
+                Piece { shard: None, first: 9, base: Some(BlockKey(3)), keys: keys.clone() },
+                Piece { shard: Some(shard), first: 120, base: None, keys },
             ];
             let question = question(pieces);
             prop_assert_eq!(ShardQuestion::parse(&question.encode().unwrap()).unwrap(), question);
+        }
+
+        /// `pieces`: blocks that others were asked about, and blocks of the piece after them.
+        #[test]
+        fn ranges_survive_the_way_over_places(
+            pieces in proptest::collection::vec((0u32..4, 1usize..5), 0..12),
+            base in proptest::option::of(1u32..20),
+            held in proptest::collection::vec(any::<bool>(), 120),
+        ) {
+            let mut chain = ChainQuestion::default();
+            let mut asked = vec![false; held.len()];
+            let mut at = 0;
+            if let Some(first) = base {
+                chain.pieces.push(Piece { first, base: Some(BlockKey(1)), ..Piece::default() });
+                asked[..first as usize].fill(true);
+                at = first;
+            }
+            for (skipped, blocks) in pieces {
+                let first = at + skipped;
+                chain.pieces.push(Piece { first, keys: vec![BlockKey(1); blocks], ..Piece::default() });
+                at = first + blocks as u32;
+                asked[first as usize..at as usize].fill(true);
+            }
+            let ranges_of = |is_held: &dyn Fn(usize) -> bool| {
+                let mut ranges: Vec<(u32, u32)> = Vec::new();
+                for at in (0..held.len()).filter(|at| is_held(*at)) {
+                    match ranges.last_mut() {
+                        Some(last) if last.1 == at as u32 => last.1 += 1,
+                        _ => ranges.push((at as u32, at as u32 + 1)),
+                    }
+                }
+                ranges
+            };
+            let places = Places::of(&chain);
+            let there = places.of_positions(&ranges_of(&|at| held[at]));
+            prop_assert_eq!(places.positions(&there), ranges_of(&|at| held[at] && asked[at]));
+            prop_assert!(places.of_positions(&ranges_of(&|_| true)).len() <= 1, "everything is one range");
         }
 
         #[test]

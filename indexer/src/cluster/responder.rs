@@ -111,7 +111,7 @@ impl Responder {
         };
         let serves = |shard: kvatlas_proto::ShardId| self.serving.has(shard.number());
         let answer = self.index.look_up(&question, serves, self.clock.now_ms());
-        match answer.encode() {
+        match answer.encode(&question) {
             Ok(bytes) => {
                 self.metrics.answered.inc();
                 self.metrics.answered_pieces.inc_by(question.pieces() as u64);

@@ -158,7 +158,7 @@ impl World {
             let question = super::question::ShardQuestion::parse(&question.encode().unwrap()).unwrap();
             let answer = server.look_up(&question, |shard| own.contains(&shard.number()), 0);
             assert!(answer.missing.is_empty());
-            answers.push(ShardAnswer::parse(&answer.encode().unwrap()).unwrap());
+            answers.push(ShardAnswer::parse(&answer.encode(&question).unwrap(), &question).unwrap());
         }
         let coverage = inquiry.coverage(&answers, &unanswered).share();
         (coordinator.conclude(query, inquiry, &answers, 0), coverage)

@@ -2,8 +2,8 @@
 //! the servers' work, as a formula.
 //!
 //! With `r` blocks left of the segment, tails of `t` blocks have `min(t, r) / t` of their blocks in the hot shard; the rest is
-//! spread evenly over `n` servers. How far the shared prompt reaches into a segment is chance, so `r` is anything from 1 to the
-//! segment's length: mean and worst are over these.
+//! spread evenly over `n` servers. How far the shared prompt reaches into a segment is chance, so `r` is anything from 0 to one
+//! less than the segment's length: mean and worst are over these.
 
 use serde::Serialize;
 
@@ -40,7 +40,7 @@ pub(super) fn rows() -> Vec<BranchRow> {
     for segment_blocks in SEGMENT_LENGTHS {
         for tail_blocks in TAILS {
             for servers in SERVERS {
-                let skews = (1..=segment_blocks).map(|rest| skew(tail_blocks, rest, servers));
+                let skews = (0..segment_blocks).map(|rest| skew(tail_blocks, rest, servers));
                 rows.push(BranchRow {
                     segment_blocks,
                     tail_blocks,
@@ -80,7 +80,7 @@ mod tests {
                 }
             }
             let found = *counts.iter().max().unwrap() as f64 * 16.0 / 400_000.0;
-            let expected = skew(200, length - 840 % length, 16);
+            let expected = skew(200, (length - 840 % length) % length, 16);
             assert!((found / expected - 1.0).abs() < 0.1, "{length}: {found} against {expected}");
         }
     }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::forest::{Block, Forest};
 
 /// Segment lengths that are compared, blocks. The contract's is [`kvatlas_proto::shard::SEGMENT_BLOCKS`].
-pub(super) const SEGMENT_LENGTHS: [u32; 4] = [16, 32, 64, 128];
+pub(super) const SEGMENT_LENGTHS: [u32; 4] = [8, 16, 32, 64];
 
 /// By what blocks are divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

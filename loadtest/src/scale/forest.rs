@@ -9,7 +9,7 @@ use kvatlas_proto::{BlockKey, KeyHasher};
 pub(super) type Block = u32;
 
 /// The shortest segment length of the study; every other one is a multiple of it.
-pub(super) const UNIT: u32 = 16;
+pub(super) const UNIT: u32 = 8;
 const NOBODY: u16 = u16::MAX;
 
 /// The blocks.

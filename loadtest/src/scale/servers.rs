@@ -176,12 +176,12 @@ impl Servers {
         asked.ask_ns += watch.elapsed_ns();
 
         let watch = Stopwatch::start();
-        let mut answers: Vec<Vec<Vec<u8>>> = vec![Vec::new(); queries.len()];
+        let mut answers: Vec<Vec<(ShardQuestion, Vec<u8>)>> = vec![Vec::new(); queries.len()];
         for (number, server, question) in &questions {
             let question = ShardQuestion::parse(question)?;
             let is_its = |shard: ShardId| owners[usize::from(shard.number())] == *server;
-            match self.index.look_up(&question, is_its, 0).encode() {
-                Ok(answer) => answers[*number].push(answer),
+            match self.index.look_up(&question, is_its, 0).encode(&question) {
+                Ok(answer) => answers[*number].push((question, answer)),
                 Err(_) => asked.refused += 1,
             }
         }
@@ -189,13 +189,15 @@ impl Servers {
 
         let watch = Stopwatch::start();
         for ((query, inquiry), answers) in queries.iter().zip(inquiries).zip(&answers) {
-            let answers: Vec<ShardAnswer> =
-                answers.iter().map(|answer| ShardAnswer::parse(answer)).collect::<Result<_, _>>()?;
+            let answers: Vec<ShardAnswer> = answers
+                .iter()
+                .map(|(asked, answer)| ShardAnswer::parse(answer, asked))
+                .collect::<Result<_, _>>()?;
             asked.rows += asker.index.conclude(query, inquiry, &answers, 0).rows.len();
         }
         asked.ask_ns += watch.elapsed_ns();
 
-        let lengths = || answers.iter().flatten().map(|answer| answer.len() as u64);
+        let lengths = || answers.iter().flatten().map(|(_, answer)| answer.len() as u64);
         asked.queries += queries.len();
         asked.questions += questions.len() as u64;
         asked.question_bytes += questions.iter().map(|(_, _, question)| question.len() as u64).sum::<u64>();

@@ -1,7 +1,5 @@
 //! Who gets how much: blocks and questions by server, for every way of dividing blocks.
 
-use std::collections::BTreeSet;
-
 use kvatlas_proto::Partition;
 use serde::Serialize;
 
@@ -248,21 +246,20 @@ fn shares(
         shares.iter_mut().for_each(|share| (share.pieces, share.keys) = (1, sample.prompt.len() as u64));
         return shares;
     }
-    let mut met = BTreeSet::new();
-    let mut before = None;
+    let mut met = vec![false; usize::from(servers)];
     for stretch in cut.stretches(forest, partition, &sample.prompt) {
-        let share = &mut shares[usize::from(owners[usize::from(stretch.shard)])];
-        let holders = sample.holders(stretch.start);
+        let server = usize::from(owners[usize::from(stretch.shard)]);
+        let share = &mut shares[server];
         share.pieces += 1;
         share.keys += u64::from(stretch.end - stretch.start);
-        // Prefixes have no holes: whoever holds something of a later stretch held something of the first one.
-        if met.insert(stretch.shard) {
-            share.records += holders;
-            share.names += sample.names[holders as usize];
+        // Prefixes have no holes: whoever holds something of a later stretch held something of the first one, and all that it
+        // holds there is one range of places.
+        if !std::mem::replace(&mut met[server], true) {
+            let holders = sample.holders(stretch.start);
+            share.records = holders;
+            share.ranges = holders;
+            share.names = sample.names[holders as usize];
         }
-        // What follows directly in the same shard prolongs a range.
-        share.ranges += if before == Some(stretch.shard) { 0 } else { holders };
-        before = Some(stretch.shard);
     }
     shares
 }

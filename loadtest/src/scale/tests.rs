@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::scale::tally::SERVERS;
+use kvatlas_proto::shard::SEGMENT_BLOCKS;
 
 fn small() -> ScaleConfig {
     ScaleConfig {
@@ -44,7 +45,9 @@ fn counted_messages_are_as_large_as_real_ones() {
             let counted = workload
                 .divisions
                 .iter()
-                .find(|row| row.cut == Cut::Segment(32) && row.shards == 64 && row.servers == servers)
+                .find(|row| {
+                    row.cut == Cut::Segment(SEGMENT_BLOCKS) && row.shards == 64 && row.servers == servers
+                })
                 .unwrap();
             let real =
                 workload.queries.iter().find(|row| row.servers == servers && row.candidates == 0).unwrap();

@@ -152,9 +152,9 @@ impl World {
             let Some(index) = self.indexes[to].index() else {
                 return Err("a dead index was asked".to_owned());
             };
-            let answer = index.look_up(&question, |shard| index.owns(shard), now_ms).encode();
+            let answer = index.look_up(&question, |shard| index.owns(shard), now_ms).encode(&question);
             let answer = answer.map_err(|error| error.to_string())?;
-            answers.push(ShardAnswer::parse(&answer).map_err(|error| error.to_string())?);
+            answers.push(ShardAnswer::parse(&answer, &question).map_err(|error| error.to_string())?);
         }
         let coverage = inquiry.coverage(&answers, &unanswered).share();
         Ok((asker.conclude(&query, inquiry, &answers, now_ms), coverage))
