@@ -62,7 +62,8 @@ pub struct Conversations {
 impl Shape {
     /// Agents with tools: prompts of about 1,900 blocks (30,000 tokens), 96 % of which are held.
     pub fn agentic(conversations: usize, engines: usize, seed: u64) -> Self {
-        let (beginnings, beginning_blocks) = (8, 400);
+        // Ends in the middle of a segment, as chance has it on average: where a segment ends, nothing that follows lies together.
+        let (beginnings, beginning_blocks) = (8, 25 * SEGMENT_BLOCKS as usize + SEGMENT_BLOCKS as usize / 2);
         Self {
             conversations,
             engines,
