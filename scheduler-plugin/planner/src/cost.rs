@@ -3,7 +3,7 @@
 //! ```text
 //! TTFT      = T_start + T_prefill + T_hand + T_admit + one decode step if the prompt was handed off
 //! T_start   = max(T_queue, T_fetch) where the engine loads for queued requests, else their sum
-//! T_fetch   = max over p's own tiers and p's network port of the loads that go through each
+//! T_fetch   = max(sum of the loads from p's own tiers, sum of the loads over the network)
 //! T_prefill = (c0 + c1 m + c2 ((h + m)^2 - h^2)) * (1 + gamma * decode share)
 //! T_hand    = alpha + max(t / L, t - T_prefill (L - 1) / L),  t = bytes the decoder lacks / bandwidth, L layers
 //! ```

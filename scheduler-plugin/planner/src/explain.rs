@@ -107,18 +107,11 @@ fn source_name(query: &PlanQuery<'_>, source: u32) -> String {
 
 /// The stretches of a pair's stop, neighbours from one place as one, and what is computed.
 pub(crate) fn segments(query: &PlanQuery<'_>, scratch: &Scratch, pair: &Pair) -> Vec<Segment> {
-    let mut nodes = Vec::new();
-    let mut at = pair.stop.node;
-    while at != NONE {
-        let node = scratch.walks.nodes[at as usize];
-        nodes.push(node);
-        at = node.parent;
-    }
     let size = KvSize::new(&query.costs.model, query.engine(pair.prefill).tensor_parallel);
     let itself = pair.prefill as u32;
     let (mut segments, mut moved) = (Vec::<Segment>::new(), 0.0);
     let mut last = (NONE, 0);
-    for node in nodes.iter().rev() {
+    for node in scratch.walks.taken(&pair.stop) {
         let in_place = node.source == itself && node.tier == Tier::Gpu as u8;
         let before = size.bytes(moved);
         moved += if in_place { 0.0 } else { query.tokens(node.to - node.from) };

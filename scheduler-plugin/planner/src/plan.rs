@@ -9,7 +9,7 @@ use kvatlas_proto::{DpRank, InstanceId, Tier};
 use crate::cost::{self, KvSize};
 use crate::explain;
 use crate::profile::DEFAULT_OUTPUT_TOKENS;
-use crate::puller::{Stop, layers, path};
+use crate::puller::{Puller, Span, Stop, path};
 use crate::query::{PlanQuery, QueryError};
 use crate::sources::Sources;
 use crate::topology::LinkClass;
@@ -156,6 +156,15 @@ struct Decoder {
     later_ms: f64,
 }
 
+/// What a prefill instance offers to every decoder.
+struct Prefiller<'a> {
+    puller: Puller<'a>,
+    stops: &'a [Stop],
+    spans: (u32, &'a [Span]),
+    least_whole: f64,
+    least_hidden: f64,
+}
+
 /// A pair with its best stop.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pair {
@@ -204,19 +213,27 @@ impl Scratch {
         let (mut best, mut second): (Option<Pair>, Option<Pair>) = (None, None);
         for prefill in 0..query.candidates.len() {
             let stops = self.walks.stops(prefill);
-            let Some(least) = stops.iter().map(|stop| stop.hidden).reduce(f64::min) else { continue };
-            let layers = layers(query, prefill);
-            let hands_off = query.engine(prefill).hands_off;
+            if stops.is_empty() {
+                continue;
+            }
+            let least = |price: fn(&Stop) -> f64| stops.iter().map(price).fold(f64::INFINITY, f64::min);
+            let side = Prefiller {
+                puller: Puller::new(query, &self.sources, prefill),
+                stops,
+                spans: self.walks.spans(prefill),
+                least_whole: least(|stop| stop.whole),
+                least_hidden: least(|stop| stop.hidden),
+            };
+            let hands_off = side.puller.engine.hands_off;
             for decoder in &self.decoders {
-                let local = decoder.index as usize == prefill;
-                let bound = second.as_ref().map_or(f64::INFINITY, |pair| pair.objective_ms);
-                if (!local && !hands_off) || least + decoder.admit_ms + decoder.later_ms >= bound {
+                if decoder.index as usize != prefill && !hands_off {
                     continue;
                 }
-                let Some(pair) = decoder.pair(query, &self.sources, prefill, stops, layers) else { continue };
+                let bound = second.as_ref().map_or(f64::INFINITY, |pair| pair.objective_ms);
+                let Some(pair) = decoder.pair(&side, bound) else { continue };
                 if best.as_ref().is_none_or(|best| pair.objective_ms < best.objective_ms) {
                     second = best.replace(pair);
-                } else if pair.objective_ms < bound {
+                } else {
                     second = Some(pair);
                 }
             }
@@ -227,7 +244,14 @@ impl Scratch {
     /// The candidate alone, for prefill and decode, whatever its role; `None` if it was not walked for.
     pub(crate) fn alone(&self, query: &PlanQuery<'_>, index: usize) -> Option<Pair> {
         let decoder = Decoder::new(query, &self.sources, index);
-        decoder.pair(query, &self.sources, index, self.walks.stops(index), 1.0)
+        let side = Prefiller {
+            puller: Puller::new(query, &self.sources, index),
+            stops: self.walks.stops(index),
+            spans: self.walks.spans(index),
+            least_whole: 0.0,
+            least_hidden: 0.0,
+        };
+        decoder.pair(&side, f64::INFINITY)
     }
 }
 
@@ -265,49 +289,65 @@ impl Decoder {
         }
     }
 
-    /// This decoder with that prefill instance, at its best stop; `None` if nothing gets through.
-    fn pair(
-        &self,
-        query: &PlanQuery<'_>,
-        sources: &Sources,
-        prefill: usize,
-        stops: &[Stop],
-        layers: f64,
-    ) -> Option<Pair> {
-        let decode = self.index as usize;
-        let local = prefill == decode;
-        let (alpha_ms, transfer_ms, scarce_ms) = if local {
-            (0.0, 0.0, 0.0)
-        } else {
-            let path = path(query, sources, prefill as u32, self.index);
-            let scarce = if path.scarce { query.objective.nu_ms_per_gb * self.missing_bytes / 1e9 } else { 0.0 };
-            (path.alpha_ms, cost::moving_ms(self.missing_bytes, path.gb_per_s), scarce)
-        };
-        if !transfer_ms.is_finite() {
+    /// This decoder with that prefill instance, at its best stop; `None` if nothing gets through or it costs `bound`.
+    fn pair(&self, side: &Prefiller<'_>, bound: f64) -> Option<Pair> {
+        let puller = &side.puller;
+        let (query, layers) = (puller.query, puller.layers);
+        let local = puller.index == self.index;
+        let fixed = self.admit_ms + self.later_ms;
+        if local {
+            let best = side.stops.iter().min_by(|a, b| a.whole.total_cmp(&b.whole))?;
+            let objective_ms = best.whole + fixed;
+            return (objective_ms < bound).then_some(Pair {
+                prefill: puller.index as usize,
+                decode: puller.index as usize,
+                stop: *best,
+                objective_ms,
+                transfer_ms: 0.0,
+                hand_ms: 0.0,
+                missing_bytes: 0.0,
+                held_blocks: self.held_blocks,
+                admit_ms: self.admit_ms,
+                step_ms: 0.0,
+            });
+        }
+        let path = path(query, puller.sources, puller.index, self.index);
+        let transfer_ms = cost::moving_ms(self.missing_bytes, path.gb_per_s);
+        let scarce = if path.scarce { query.objective.nu_ms_per_gb * self.missing_bytes / 1e9 } else { 0.0 };
+        let fixed = fixed + path.alpha_ms + scarce + self.step_ms;
+        // Where the prefill hides the transfer, the last layer's share shows; else all but the earlier layers' time.
+        let price = |whole: f64, hidden: f64| (whole + transfer_ms / layers).max(hidden + transfer_ms);
+        if !transfer_ms.is_finite() || price(side.least_whole, side.least_hidden) + fixed >= bound {
             return None;
         }
-        // Where the prefill hides the transfer, the last layer's share shows; else all but the earlier layers' time.
-        let price = |stop: &Stop| {
-            if local { stop.whole } else { (stop.whole + transfer_ms / layers).max(stop.hidden + transfer_ms) }
-        };
-        let (stop, least) = stops
-            .iter()
-            .map(|stop| (stop, price(stop)))
-            .reduce(|best, next| if next.1 < best.1 { next } else { best })?;
-        let step_ms = if local { 0.0 } else { self.step_ms };
-        let hand_ms =
-            if local { 0.0 } else { cost::hand_off_ms(alpha_ms, transfer_ms, stop.prefill_ms, layers) };
-        Some(Pair {
-            prefill,
-            decode,
-            stop: *stop,
-            objective_ms: least + alpha_ms + scarce_ms + self.admit_ms + step_ms + self.later_ms,
+        let better = |best: (Stop, f64), next: (Stop, f64)| if next.1 < best.1 { next } else { best };
+        let priced = |stop: Stop| (stop, price(stop.whole, stop.hidden));
+        let (mut stop, mut least) = side.stops.iter().map(|stop| priced(*stop)).reduce(better)?;
+        if layers > 1.0
+            && let Some(block) = puller.block_where_prefill_takes(transfer_ms)
+        {
+            let (first, spans) = side.spans;
+            for (span, number) in spans.iter().zip(first..) {
+                for block in [block, block + 1] {
+                    if span.from < block && block < span.to {
+                        let within = priced(puller.stop_within(span, number, block));
+                        (stop, least) = better((stop, least), within);
+                    }
+                }
+            }
+        }
+        let objective_ms = least + fixed;
+        (objective_ms < bound).then_some(Pair {
+            prefill: puller.index as usize,
+            decode: self.index as usize,
+            stop,
+            objective_ms,
             transfer_ms,
-            hand_ms,
-            missing_bytes: if local { 0.0 } else { self.missing_bytes },
+            hand_ms: cost::hand_off_ms(path.alpha_ms, transfer_ms, stop.prefill_ms, layers),
+            missing_bytes: self.missing_bytes,
             held_blocks: self.held_blocks,
             admit_ms: self.admit_ms,
-            step_ms,
+            step_ms: self.step_ms,
         })
     }
 }

@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use crate::topology::{LinkClass, Topology};
 
-pub use document::ProfileError;
+pub use document::{MAX_PROFILES, ProfileError};
 pub use resolve::UnknownProfileError;
 
 /// Output length where neither the question nor the engine's profile says one, tokens.

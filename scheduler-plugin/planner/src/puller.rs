@@ -10,8 +10,10 @@ use crate::topology::LinkClass;
 
 /// No source, no node.
 pub(crate) const NONE: u32 = u32::MAX;
-/// The lane of everything that comes over the network; the others are the own tiers but the GPU's.
-const NETWORK: usize = TIERS - 1;
+/// The lane of what the instance loads from its own tiers: it all goes through its host.
+const OWN: usize = 0;
+/// The lane of what comes over the network: it all goes through its port.
+const NETWORK: usize = 1;
 
 /// What lies between a source and an instance, others' transfers considered.
 #[derive(Clone, Copy, Debug)]
@@ -31,8 +33,13 @@ pub(crate) struct Stop {
     pub(crate) hidden: f64,
     /// First block that is computed.
     pub(crate) block: u32,
+    /// What was taken up to an interval end ...
     pub(crate) node: u32,
+    /// ... or, of which span the blocks up to `block` are taken, if it ends within one; else [`NONE`].
+    pub(crate) span: u32,
     pub(crate) queue_ms: f64,
+    /// Time of the blocks of the span.
+    pub(crate) last_ms: f64,
     /// All of the fetch, hidden or not.
     pub(crate) fetch_ms: f64,
     pub(crate) start_ms: f64,
@@ -45,7 +52,7 @@ pub(crate) struct Stop {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Partial {
     /// Time that each lane is busy.
-    pub(crate) lanes: [f64; TIERS],
+    pub(crate) lanes: [f64; 2],
     /// Which own tiers were read.
     pub(crate) used: [bool; TIERS],
     /// Who sends over the network now, and in which tier.
@@ -58,6 +65,15 @@ pub(crate) struct Partial {
     /// Tokens that were moved; windows move once.
     pub(crate) moved: f64,
     pub(crate) node: u32,
+}
+
+/// A stretch over which a partial plan takes an offer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) plan: Partial,
+    pub(crate) offer: Offer,
+    pub(crate) from: u32,
+    pub(crate) to: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +108,8 @@ pub(crate) struct Puller<'a> {
     pub(crate) slower: f64,
     pub(crate) layers: f64,
     pub(crate) cap: u32,
+    /// Start-up times of its own tiers.
+    pub(crate) own_alpha_ms: [f64; TIERS],
 }
 
 /// What lies between `from` (a candidate or a pool) and the candidate `to`.
@@ -116,6 +134,10 @@ pub(crate) fn path(query: &PlanQuery<'_>, sources: &Sources, from: u32, to: u32)
     let receiving = cost::shared_gb_per_s(port(to), receiver.load.transfers_in);
     let gb_per_s = link.gb_per_s.min(sending).min(receiving);
     Path { class, alpha_ms: link.alpha_ms, gb_per_s, scarce: link.scarce }
+}
+
+fn alpha_ms(query: &PlanQuery<'_>, tier: usize) -> f64 {
+    Tier::from_index(tier as u8).and_then(|tier| query.costs.tiers.of(tier)).map_or(0.0, |speed| speed.alpha_ms)
 }
 
 /// Steps in which the candidate hands a prompt off: its layers, or one.
@@ -143,7 +165,7 @@ pub(crate) fn queue_at(query: &PlanQuery<'_>, at: usize) -> (f64, f64) {
 impl Default for Partial {
     fn default() -> Self {
         Self {
-            lanes: [0.0; TIERS],
+            lanes: [0.0; 2],
             used: [false; TIERS],
             sender: (NONE, 0),
             sender_alpha_ms: 0.0,
@@ -162,8 +184,10 @@ impl Partial {
     }
 
     /// Whether no continuation of the other can be cheaper than the same continuation of this one.
-    pub(crate) fn beats(&self, other: &Self) -> bool {
-        let own = (0..NETWORK).all(|lane| self.lanes[lane] <= other.lanes[lane]);
+    pub(crate) fn beats(&self, other: &Self, own_alpha_ms: &[f64; TIERS]) -> bool {
+        // A tier that only the other has used is started there, and would have to be here.
+        let starts = (0..TIERS).filter(|&tier| other.used[tier] && !self.used[tier]);
+        let own = self.lanes[OWN] + starts.map(|tier| own_alpha_ms[tier]).sum::<f64>() <= other.lanes[OWN];
         // Whoever sends for the other goes on without starting anew; here it would have to start.
         let same = self.sender == other.sender || other.sender.0 == NONE;
         let start = if same { 0.0 } else { other.sender_alpha_ms };
@@ -206,21 +230,29 @@ impl<'a> Puller<'a> {
             slower,
             layers: layers(query, index),
             cap: query.usable_blocks(),
+            own_alpha_ms: std::array::from_fn(|tier| if tier == 0 { 0.0 } else { alpha_ms(query, tier) }),
         }
     }
-    pub(crate) fn offer(&self, piece: Piece, whose: Whose) -> Offer {
+    /// The piece as an offer, unless it is among the others, cannot be read, or is the instance's own as if it were a peer's.
+    pub(crate) fn offer_if_new(&self, piece: Piece, whose: Whose, others: &[Offer]) -> Option<Offer> {
+        let known = |o: &Offer| o.piece.source == piece.source && o.piece.tier == piece.tier;
+        if (whose == Whose::Peer && piece.source == self.index) || others.iter().any(known) {
+            return None;
+        }
+        Some(self.offer(piece, whose)).filter(|offer| offer.gb_per_s > 0.0)
+    }
+
+    fn offer(&self, piece: Piece, whose: Whose) -> Offer {
         let tier = Tier::from_index(piece.tier).unwrap_or(Tier::Unknown);
         let Some(read) = self.query.costs.tiers.of(tier) else {
             unreachable!("pieces of unknown media are never taken up")
         };
         let valid = cost::still_there(piece.age_ms, read.tau_s);
         if whose == Whose::Own {
-            // Lanes of own tiers: cpu, ssd, remote; a GPU's lane is never charged.
-            let lane = usize::from(piece.tier).saturating_sub(1);
             let gb_per_s = if tier == Tier::Gpu { f64::INFINITY } else { read.gb_per_s };
             return Offer {
                 piece,
-                lane,
+                lane: OWN,
                 alpha_ms: read.alpha_ms,
                 gb_per_s,
                 scarce: false,
@@ -290,7 +322,27 @@ impl<'a> Puller<'a> {
         Some((longer, starts_ms))
     }
 
-    pub(crate) fn scarce_ms(&self, offer: &Offer, bytes: f64) -> f64 {
+    /// The plan with the offer's blocks up to `block`, priced; `span` is where they are kept.
+    pub(crate) fn stop_within(&self, within: &Span, span: u32, block: u32) -> Stop {
+        let Span { plan, offer, from, .. } = within;
+        let taken = self.take(plan, offer, *from, block);
+        let (part, _) = taken.expect("the whole span is finite, so a part of it is");
+        let last_ms = part.lanes[offer.lane] - plan.lanes[offer.lane];
+        Stop { span, last_ms, ..self.stop(&part, block) }
+    }
+
+    /// The block from which on prefilling takes this long; `None` if no block does.
+    pub(crate) fn block_where_prefill_takes(&self, ms: f64) -> Option<u32> {
+        let (cost, all) = (&self.engine.prefill, f64::from(self.query.prompt_tokens));
+        let (c1, c2) = (cost.c1_ms_per_token, cost.c2_ms_per_token2);
+        let left = cost::prefill_ms(cost, all, 0.0) - ms / self.slower;
+        // The positive root of c2 h^2 + c1 h = left, in the form that bears c2 = 0.
+        let tokens = 2.0 * left / (c1 + (c1 * c1 + 4.0 * c2 * left.max(0.0)).sqrt());
+        let within = tokens > 0.0 && tokens < all;
+        within.then(|| (tokens / f64::from(self.query.block_tokens)) as u32)
+    }
+
+    fn scarce_ms(&self, offer: &Offer, bytes: f64) -> f64 {
         if offer.scarce { self.query.objective.nu_ms_per_gb * bytes / 1e9 } else { 0.0 }
     }
 
@@ -313,6 +365,8 @@ impl<'a> Puller<'a> {
             hidden: start_ms + prefill_ms / self.layers + besides,
             block,
             node: plan.node,
+            span: NONE,
+            last_ms: 0.0,
             queue_ms: self.queue_ms,
             fetch_ms,
             start_ms,

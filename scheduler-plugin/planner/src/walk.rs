@@ -6,18 +6,23 @@
 //! computed; that is a *stop*.
 //!
 //! Why stops lie at ends only: within an interval each block costs the same to fetch, and the farther back it is the
-//! more it costs to compute, so fetching pays for none, all, or a tail that is worth its head. The one exception is a
-//! fetch that hides (behind the queue or another load) for a part of the interval: the last hidden block and the one
-//! after it are stops too.
+//! more it costs to compute, so fetching pays for none, all, or a tail that is worth its head. There are two exceptions. A
+//! fetch may hide (behind the queue or the other kind of load) for a part of the interval: the last hidden block and the
+//! one after it are stops too. And a hand-off may be hidden by the prefill for a part: where that ends depends on the
+//! decoder, so a pair looks into the interval ([`Walks::spans`]).
 //!
 //! Two prices of a stop matter: one where all of the prefill counts, one where only the last layer's share does because
 //! the hand-off hides the rest. Stops that another beats in both are dropped; at most [`STOPS`] are kept. So a decoder can
 //! be paired with the instance in constant time.
 //!
+//! Loads from own tiers and loads over the network run side by side, each kind one after another. Which blocks come which
+//! way is chosen between interval ends, not within, so the two may end at different times; the first token is then
+//! later than with a finer split.
+//!
 //! What the instance has in its GPU is used in place: nothing can be cheaper, unless the entry is old and may be gone.
 
 use crate::cost;
-use crate::puller::{Offer, Partial, Puller, Stop, Whose};
+use crate::puller::{NONE, Offer, Partial, Puller, Span, Stop, Whose};
 use crate::query::PlanQuery;
 use crate::sources::{Piece, Sources, Stretch, TIERS};
 use crate::topology::LinkClass;
@@ -27,6 +32,9 @@ use crate::topology::LinkClass;
 pub(crate) const BEAM: usize = 16;
 /// Stops kept per instance; beyond it those between the two extremes go, the worst first, and are counted.
 pub(crate) const STOPS: usize = 8;
+/// Pieces ahead in a group's list whose holders are offered before their turn. Each costs one more offer per interval; more
+/// would help only where a fourth holder in a row, each slower and reaching farther, is worth it for one start-up time.
+const REACH_AHEAD: u32 = 2;
 /// A price must be better by this much to count: below it is rounding, and the earlier stop moves fewer bytes.
 const TIE_MS: f64 = 1e-9;
 /// A stretch that was taken from a source; a path through these is a plan.
@@ -45,7 +53,9 @@ pub(crate) struct Node {
 pub(crate) struct Walks {
     pub(crate) nodes: Vec<Node>,
     stops: Vec<Stop>,
-    ranges: Vec<(u32, u32)>,
+    spans: Vec<Span>,
+    /// Stops and spans of each walk.
+    ranges: Vec<(Stretch, Stretch)>,
     plans: Vec<Partial>,
     next: Vec<Partial>,
     streams: Vec<Stream>,
@@ -69,26 +79,51 @@ impl Walks {
     pub(crate) fn clear(&mut self) {
         self.nodes.clear();
         self.stops.clear();
+        self.spans.clear();
         self.ranges.clear();
         (self.plans_dropped, self.stops_dropped) = (0, 0);
     }
 
     /// The stops of the instance of the `at`th walk.
     pub(crate) fn stops(&self, at: usize) -> &[Stop] {
-        let (from, to) = self.ranges[at];
-        &self.stops[from as usize..to as usize]
+        let (stops, _) = self.ranges[at];
+        &self.stops[stops.from as usize..stops.to as usize]
+    }
+
+    /// The stretches of the instance of the `at`th walk, and the number of the first one.
+    pub(crate) fn spans(&self, at: usize) -> (u32, &[Span]) {
+        let (_, spans) = self.ranges[at];
+        (spans.from, &self.spans[spans.from as usize..spans.to as usize])
+    }
+
+    /// What was taken for a stop, in the order of the prompt.
+    pub(crate) fn taken(&self, stop: &Stop) -> Vec<Node> {
+        let mut nodes = Vec::new();
+        let mut at = stop.node;
+        if stop.span != NONE {
+            let Span { plan, offer, from, .. } = self.spans[stop.span as usize];
+            let Piece { source, tier, .. } = offer.piece;
+            nodes.push(Node { parent: plan.node, source, tier, from, to: stop.block, ms: stop.last_ms });
+            at = plan.node;
+        }
+        while at != NONE {
+            let node = self.nodes[at as usize];
+            nodes.push(node);
+            at = node.parent;
+        }
+        nodes.reverse();
+        nodes
     }
 
     /// Adds a walk that has no stop: an instance that does not prefill.
     pub(crate) fn skip(&mut self) {
-        let at = self.stops.len() as u32;
-        self.ranges.push((at, at));
+        self.ranges.push((Stretch::default(), Stretch::default()));
     }
 
     /// Walks for the candidate `index`; `pulls`: from others too.
     pub(crate) fn walk(&mut self, query: &PlanQuery<'_>, sources: &Sources, index: usize, pulls: bool) {
         let puller = Puller::new(query, sources, index);
-        let first = self.stops.len();
+        let (first, first_span) = (self.stops.len(), self.spans.len() as u32);
         self.open_streams(&puller, pulls);
         self.plans.clear();
         self.plans.push(Partial::default());
@@ -99,7 +134,8 @@ impl Walks {
             self.extend(&puller, first, (at, end));
             at = end;
         }
-        self.ranges.push((first as u32, self.stops.len() as u32));
+        let stops = Stretch { from: first as u32, to: self.stops.len() as u32 };
+        self.ranges.push((stops, Stretch { from: first_span, to: self.spans.len() as u32 }));
     }
 
     fn open_streams(&mut self, puller: &Puller<'_>, pulls: bool) {
@@ -160,26 +196,44 @@ impl Walks {
                 end = end.min(piece.start);
                 continue;
             }
-            let itself = stream.whose == Whose::Peer && piece.source == puller.index;
             end = end.min(piece.end);
-            let known = |o: &Offer| o.piece.source == piece.source && o.piece.tier == piece.tier;
-            if itself || self.offers.iter().any(known) {
-                continue;
-            }
-            let offer = puller.offer(piece, stream.whose);
-            if offer.in_place && offer.valid == 1.0 {
-                self.offers.push(offer);
+            self.offers.extend(puller.offer_if_new(piece, stream.whose, &self.offers));
+            if self.offers.last().is_some_and(|offer| offer.in_place && offer.valid == 1.0) {
                 return Some(end);
             }
-            // Network loads add up, so an offer that is worse in every way never helps.
-            // Except whoever sends already: it need not start anew.
-            let sends = |o: &Offer| self.plans.iter().any(|plan| plan.sender == (o.piece.source, o.piece.tier));
-            if sends(&offer) || !self.offers.iter().any(|known| known.beats(&offer)) {
-                self.offers.retain(|known| sends(known) || !offer.beats(known));
-                self.offers.push(offer);
+            if stream.whose != Whose::Peer {
+                continue;
+            }
+            // Whoever is taken later because of its reach has this block too, as a rule: starting with it saves a start.
+            for at_later in stretch.from + 1..stretch.to.min(stretch.from + 1 + REACH_AHEAD) {
+                let later = pieces[at_later as usize];
+                let own = puller.sources.own(later.source, later.tier);
+                let own = &pieces[own.from as usize..own.to as usize];
+                if let Some(&now) = own.iter().find(|piece| piece.start <= at && at < piece.end) {
+                    self.offers.extend(puller.offer_if_new(now, stream.whose, &self.offers));
+                }
             }
         }
+        self.drop_beaten_offers();
         (!self.offers.is_empty()).then_some(end)
+    }
+
+    /// Network loads add up, so an offer that is worse in every way never helps; except whoever sends already, which need
+    /// not start anew.
+    fn drop_beaten_offers(&mut self) {
+        let sends = |o: &Offer| self.plans.iter().any(|plan| plan.sender == (o.piece.source, o.piece.tier));
+        let mut at = 0;
+        while at < self.offers.len() {
+            let offer = self.offers[at];
+            let beats = |(other_at, other): (usize, &Offer)| {
+                other_at != at && other.beats(&offer) && (other_at < at || !offer.beats(other))
+            };
+            if !sends(&offer) && self.offers.iter().enumerate().any(beats) {
+                self.offers.remove(at);
+            } else {
+                at += 1;
+            }
+        }
     }
 
     /// Extends every partial plan by every offer, over the blocks of `reach`.
@@ -193,9 +247,10 @@ impl Walks {
                 let Some((mut longer, starts_ms)) = puller.take(plan, offer, from, to) else { continue };
                 let ms = longer.lanes[offer.lane] - plan.lanes[offer.lane];
                 longer.node = self.push_node(plan.node, offer, reach, ms);
-                self.hidden_stops(puller, first, (plan, offer, &longer), reach, starts_ms);
+                self.spans.push(Span { plan: *plan, offer: *offer, from, to });
+                self.hidden_stops(puller, first, longer.lanes[offer.lane], starts_ms);
                 self.push_stop(first, puller.stop(&longer, to));
-                self.push_plan(longer);
+                self.push_plan(puller, longer);
             }
         }
         (self.plans, self.offers) = (plans, offers);
@@ -210,38 +265,26 @@ impl Walks {
 
     /// Where the load stops to hide behind the queue or the other lanes within this stretch, the last hidden block and
     /// the one after it are stops.
-    fn hidden_stops(
-        &mut self,
-        puller: &Puller<'_>,
-        first: usize,
-        (plan, offer, longer): (&Partial, &Offer, &Partial),
-        (from, to): (u32, u32),
-        starts_ms: f64,
-    ) {
-        let mut others = plan.lanes;
-        others[offer.lane] = 0.0;
-        let mut behind = others.iter().copied().fold(0.0, f64::max);
+    fn hidden_stops(&mut self, puller: &Puller<'_>, first: usize, ends_ms: f64, starts_ms: f64) {
+        let number = self.spans.len() as u32 - 1;
+        let span = self.spans[number as usize];
+        let Span { plan, offer, from, to } = &span;
+        let mut behind = plan.lanes[1 - offer.lane];
         if puller.engine.loads_while_queued {
             behind = behind.max(puller.queue_ms);
         }
-        if starts_ms >= behind || longer.lanes[offer.lane] <= behind {
+        if starts_ms >= behind || ends_ms <= behind {
             return;
         }
-        let bytes = |block: u32| puller.bytes(plan, offer, from, block);
-        let lane_at = |block: u32| starts_ms + cost::moving_ms(bytes(block), offer.gb_per_s);
-        let (mut hides, mut shows) = (from, to);
+        let ends_at = |block| starts_ms + cost::moving_ms(puller.bytes(plan, offer, *from, block), offer.gb_per_s);
+        let (mut hides, mut shows) = (*from, *to);
         while shows - hides > 1 {
             let middle = hides + (shows - hides) / 2;
-            if lane_at(middle) <= behind { hides = middle } else { shows = middle }
+            if ends_at(middle) <= behind { hides = middle } else { shows = middle }
         }
         for block in [hides, shows] {
-            if block > from && block < to {
-                let mut part = *longer;
-                part.lanes[offer.lane] = lane_at(block);
-                part.extra_ms = plan.extra_ms + puller.scarce_ms(offer, bytes(block));
-                let ms = part.lanes[offer.lane] - plan.lanes[offer.lane];
-                part.node = self.push_node(plan.node, offer, (from, block), ms);
-                self.push_stop(first, puller.stop(&part, block));
+            if block > *from && block < *to {
+                self.push_stop(first, puller.stop_within(&span, number, block));
             }
         }
     }
@@ -252,11 +295,11 @@ impl Walks {
         self.nodes.len() as u32 - 1
     }
 
-    fn push_plan(&mut self, plan: Partial) {
-        if self.next.iter().any(|known| known.beats(&plan)) {
+    fn push_plan(&mut self, puller: &Puller<'_>, plan: Partial) {
+        if self.next.iter().any(|known| known.beats(&plan, &puller.own_alpha_ms)) {
             return;
         }
-        self.next.retain(|known| !plan.beats(known));
+        self.next.retain(|known| !plan.beats(known, &puller.own_alpha_ms));
         self.next.push(plan);
     }
 
