@@ -4,6 +4,7 @@ use kvatlas_proto::grpc as pb;
 use kvatlas_proto::{GroupKind, Tier};
 
 use crate::cluster::Covered;
+use crate::costing::score::Priced;
 use crate::index::{DumpOwner, OwnerInfo, SourceInfo};
 use crate::outcome::Outcome;
 use crate::query::{ScoreAnswer, ScoreRow};
@@ -16,34 +17,49 @@ const NOT_READY: &str = "the index has just started and is still finding out wha
 /// say the same of a source that is well.
 pub(crate) const AGE_STEP_MS: u64 = 2_000;
 
-/// The answer to a score request. A server that is not ready covers nothing.
+/// The answer to a score request.
 pub(crate) fn score_response(
     request_id: u64,
     found: Covered<ScoreAnswer>,
+    priced: Vec<Priced>,
     lookup_ns: u64,
     now_ms: u64,
     ready: bool,
 ) -> pb::ScoreResponse {
-    let Covered { answer, coverage, mut missing } = found;
-    if !ready {
-        missing.push(NOT_READY.to_owned());
-    }
+    let Covered { answer, coverage, missing } = found;
+    let (coverage, missing) = covered(coverage, missing, ready);
+    // Presets that price nothing say nothing.
+    let priced = priced.into_iter().chain(std::iter::repeat_with(Priced::default));
     pb::ScoreResponse {
         request_id,
-        instances: answer.rows.into_iter().map(|row| instance_score(row, now_ms)).collect(),
+        instances: answer
+            .rows
+            .into_iter()
+            .zip(priced)
+            .map(|(row, priced)| instance_score(row, priced, now_ms))
+            .collect(),
         scope_known: answer.scope_known,
         prompt_blocks: answer.prompt_blocks,
-        coverage: if ready { coverage } else { 0.0 },
+        coverage,
         missing,
         lookup_ns,
     }
 }
 
-fn age_in_steps(age_ms: u64) -> u64 {
+/// What an answer covers and what is missing. A server that is not ready covers nothing.
+pub(crate) fn covered(coverage: f64, mut missing: Vec<String>, ready: bool) -> (f64, Vec<String>) {
+    if ready {
+        return (coverage, missing);
+    }
+    missing.push(NOT_READY.to_owned());
+    (0.0, missing)
+}
+
+pub(crate) fn age_in_steps(age_ms: u64) -> u64 {
     age_ms.div_ceil(AGE_STEP_MS).max(1) * AGE_STEP_MS
 }
 
-fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
+fn instance_score(row: ScoreRow, priced: Priced, now_ms: u64) -> pb::InstanceScore {
     let tokens = |blocks| tokens_of(blocks, row.block_size);
     let tiers = row.matched.tiers.iter().map(|tier| pb::TierMatch {
         tier: tier_number(tier.tier.tier()),
@@ -65,6 +81,9 @@ fn instance_score(row: ScoreRow, now_ms: u64) -> pb::InstanceScore {
         degraded_reason: row.state.map_or("", SourceState::degraded_reason).to_owned(),
         verified_age_ms: row.verified_ms.map(|at| age_in_steps(now_ms.saturating_sub(at))),
         instance: row.instance,
+        expected_ttft_us: priced.ttft_ms.map(|ms| ms * 1_000.0),
+        terms: priced.terms,
+        speculative_blocks: row.speculative_blocks,
     }
 }
 
@@ -124,7 +143,7 @@ pub(crate) fn dump_chunk(owner: &DumpOwner, keys: &[u64]) -> pb::DumpResponse {
     }
 }
 
-fn tier_number(tier: Tier) -> i32 {
+pub(crate) fn tier_number(tier: Tier) -> i32 {
     let tier = match tier {
         Tier::Gpu => pb::Tier::Gpu,
         Tier::Cpu => pb::Tier::Cpu,

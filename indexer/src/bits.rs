@@ -67,6 +67,29 @@ impl Bits {
         whole
     }
 
+    /// The positions below `end` as stretches, ascending: first one, and the one after the last.
+    pub fn runs(&self, end: u32) -> impl Iterator<Item = (u32, u32)> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = self.next(at, end, true)?;
+            at = self.next(start, end, false).unwrap_or(end);
+            Some((start, at))
+        })
+    }
+
+    /// The first position from `at` on, below `end`, that is here (or is not).
+    fn next(&self, mut at: u32, end: u32, is_here: bool) -> Option<u32> {
+        while at < end {
+            let word = self.words.get((at / WORD) as usize).copied().unwrap_or(0);
+            let wanted = if is_here { word } else { !word } >> (at % WORD);
+            if wanted != 0 {
+                return Some(at + wanted.trailing_zeros()).filter(|at| *at < end);
+            }
+            at += WORD - at % WORD;
+        }
+        None
+    }
+
     /// Length of the run from position 0 without a hole.
     pub fn leading_run(&self) -> u32 {
         let full = self.words.iter().take_while(|word| **word == u64::MAX).count();
@@ -119,6 +142,10 @@ mod tests {
             prop_assert_eq!(left.leading_run() as usize, (0..300).take_while(|at| a.contains(at)).count());
             let new = a.difference(&b).filter(|at| **at < end).count();
             prop_assert_eq!(left.count_new(&right, end) as usize, new);
+            let of_runs: BTreeSet<u32> = left.runs(end).flat_map(|(from, to)| from..to).collect();
+            prop_assert_eq!(of_runs, a.iter().copied().filter(|at| *at < end).collect::<BTreeSet<_>>());
+            let runs: Vec<_> = left.runs(end).collect();
+            prop_assert!(runs.iter().all(|run| run.0 < run.1) && runs.windows(2).all(|two| two[0].1 < two[1].0));
             let mut both = left.clone();
             both.union(&right);
             prop_assert!((0..320).all(|at| both.get(at) == (a.contains(&at) || b.contains(&at))));

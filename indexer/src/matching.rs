@@ -78,7 +78,12 @@ pub struct TierMatch {
     pub matched_blocks: u32,
     /// Of [`SourceMatch::matched_blocks`], those for which this is the fastest tier that has them.
     pub best_blocks: u32,
+    /// Of [`SourceMatch::matched_blocks`], those that are here: first block and the one after the last, ascending.
+    pub runs: Runs,
 }
+
+/// Stretches of a prompt; nearly always one.
+pub type Runs = SmallVec<[(u32, u32); 1]>;
 
 /// Worth of a block per tier, relative to a block on the GPU. An unknown tier is worth 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -156,6 +161,9 @@ impl Default for TierWeights {
 }
 
 impl TierWeights {
+    /// A block is worth the same in every known tier.
+    pub(crate) const EQUAL: Self = Self { gpu: 1.0, cpu: 1.0, ssd: 1.0, remote: 1.0 };
+
     /// The same weights with another one for `tier`.
     pub fn with(mut self, tier: Tier, weight: f64) -> Result<Self, WeightError> {
         if !(0.0..=1.0).contains(&weight) {
@@ -227,21 +235,25 @@ fn match_tiers(held: &[HeldBlocks<'_>], any: &Groups, matched: u32, prompt: Prom
     for name in names {
         let alone = groups(held, Some(name));
         let matched_blocks = longest(&alone, prompt.block_tokens, prompt.blocks);
-        let mut best_blocks = 0;
+        let (mut best_blocks, mut runs) = (0, Runs::new());
         if let Some(group) = reference.and_then(|number| alone.iter().find(|group| group.number == number)) {
             best_blocks = group.blocks.count_new(&covered, matched);
+            runs.extend(group.blocks.runs(matched));
             covered.union(&group.blocks);
             left -= best_blocks;
             if last_block_tier.is_none() && matched > 0 && group.blocks.get(matched - 1) {
                 last_block_tier = Some(tiers.len());
             }
         }
-        tiers.push(TierMatch { tier: name.clone(), matched_blocks, best_blocks });
+        tiers.push(TierMatch { tier: name.clone(), matched_blocks, best_blocks, runs });
     }
     // Without a full group, blocks before a window or a state are not held by anybody and need not be: the tier that
     // serves the prefix's end serves them too.
     if let Some(at) = last_block_tier {
         tiers[at].best_blocks += left;
+        if left > 0 {
+            tiers[at].runs = Runs::from_slice(&[(0, matched)]);
+        }
     }
     tiers.retain(|tier| tier.matched_blocks > 0 || tier.best_blocks > 0);
     tiers

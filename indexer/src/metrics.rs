@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use kvatlas_proto::grpc::PredictionSource;
+use kvatlas_proto::grpc::{PlanResponse, PredictionSource};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -111,6 +111,12 @@ pub(crate) struct Metrics {
     checkpoint_saved_ms: AtomicU64,
     pub(crate) calls: Family<CallLabel, Counter>,
     pub(crate) lookup: LookupHistogram,
+    pub(crate) plan_time: LookupHistogram,
+    plans: Family<KindLabel, Counter>,
+    pub(crate) speculations: Counter,
+    pub(crate) speculations_confirmed: Counter,
+    pub(crate) speculations_expired: Counter,
+    pub(crate) speculations_refused: Counter,
     pub(crate) connections_refused: Family<ReasonLabel, Counter>,
     pub(crate) unauthenticated: Family<ReasonLabel, Counter>,
     pub(crate) denied: Family<ReasonLabel, Counter>,
@@ -206,6 +212,22 @@ impl Metrics {
                 "owners_refused",
                 "Owners in frames that were not taken in because a bound was reached",
                 &self.owners_refused,
+            ),
+            ("speculations", "Routed requests whose blocks were made visible at once", &self.speculations),
+            (
+                "speculations_confirmed",
+                "Of those that this server knows, requests whose blocks a question found to be held",
+                &self.speculations_confirmed,
+            ),
+            (
+                "speculations_expired",
+                "Of those that this server knows, requests whose time passed without such a question",
+                &self.speculations_expired,
+            ),
+            (
+                "speculations_refused",
+                "Speculations of other servers that were not kept: at a bound, or not usable",
+                &self.speculations_refused,
             ),
             (
                 "outcome_predicted_tokens",
@@ -308,6 +330,17 @@ impl Metrics {
             "Time of a score look-up on the server, without the network",
             Unit::Seconds,
             self.lookup.0.clone(),
+        );
+        registry.register_with_unit(
+            "plan",
+            "Time of a plan on the server, its look-up included, without the network",
+            Unit::Seconds,
+            self.plan_time.0.clone(),
+        );
+        registry.register(
+            "plans",
+            "Plans by kind: local (computed or read where it is decoded), pull (blocks from peers or stores), disaggregated (prefilled elsewhere)",
+            self.plans.clone(),
         );
         registry.register(
             "outcomes",
@@ -462,6 +495,19 @@ impl Metrics {
             OverloadError::Deadline => "deadline",
         };
         self.overload.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Counts what a plan decided.
+    pub(crate) fn count_plan(&self, plan: &PlanResponse) {
+        let is_elsewhere =
+            (&plan.prefill_instance, plan.prefill_rank) != (&plan.decode_instance, plan.decode_rank);
+        let pulls = plan.segments.iter().any(|segment| !segment.link_class.is_empty());
+        let kind = match (is_elsewhere, pulls) {
+            (true, _) => "disaggregated",
+            (false, true) => "pull",
+            (false, false) => "local",
+        };
+        self.plans.get_or_create(&KindLabel { kind }).inc();
     }
 
     /// Counts a file that changed.

@@ -10,6 +10,7 @@ fn row(instance: &str, rank: u32, cached: u32, tiers: &[(Tier, u32, u32)]) -> Sc
         tier: TierName::new(*tier, "X"),
         matched_blocks: *matched_blocks,
         best_blocks: *best_blocks,
+        runs: crate::matching::Runs::new(),
     };
     ScoreRow {
         instance: instance.to_owned(),
@@ -23,6 +24,7 @@ fn row(instance: &str, rank: u32, cached: u32, tiers: &[(Tier, u32, u32)]) -> Sc
             cached_blocks: Some(cached),
             tiers: tiers.iter().map(tier).collect(),
         },
+        speculative_blocks: 0,
     }
 }
 

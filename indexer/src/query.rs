@@ -96,6 +96,8 @@ pub struct ScoreRow {
     pub score: f64,
     /// Depths per tier.
     pub matched: SourceMatch,
+    /// Leading blocks beyond the matched ones that a request which was routed there will bring.
+    pub speculative_blocks: u32,
 }
 
 /// The keys of a prompt at one block size, in the shape of one variant.
@@ -120,6 +122,20 @@ thread_local! {
 
 const SKIPPED: u32 = u32::MAX;
 static NOTHING: std::sync::LazyLock<Bits> = std::sync::LazyLock::new(Bits::default);
+
+// === impl ScoreAnswer ===
+
+impl ScoreAnswer {
+    /// Puts rows in order: best score first, ties by name and rank.
+    pub(crate) fn sort(&mut self) {
+        self.rows.sort_by(|a, b| {
+            b.score
+                .total_cmp(&a.score)
+                .then_with(|| a.instance.cmp(&b.instance))
+                .then_with(|| (a.rank, a.block_size).cmp(&(b.rank, b.block_size)))
+        });
+    }
+}
 
 // === impl PromptInput ===
 
@@ -252,6 +268,7 @@ impl ScopeState {
                 block_size,
                 score: matched.score(&query.weights, query.input.blocks(block_size)),
                 matched,
+                speculative_blocks: 0,
             });
         }
     }

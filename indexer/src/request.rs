@@ -6,9 +6,11 @@ use kvatlas_proto::keys::{MultimodalItem, PromptExtras};
 use kvatlas_proto::scope::{MAX_BLOCK_SIZE, MAX_MODEL_BYTES, MAX_TENANT_BYTES};
 use kvatlas_proto::{InstanceId, Tier};
 
+use crate::costing::is_store;
 use crate::index::OwnerFilter;
 use crate::matching::{TierWeights, WeightError};
 use crate::query::{PromptInput, ScoreQuery};
+use crate::speculate::MAX_TTL_MS;
 
 /// Most token ids of a prompt. Longer contexts than any served model's; at 16 a block this is 65,536 blocks.
 pub const MAX_PROMPT_TOKENS: usize = 1_048_576;
@@ -22,6 +24,10 @@ pub const MAX_CANDIDATES: usize = 4_096;
 pub const MAX_MULTIMODAL_ITEMS: usize = 1_024;
 /// Longest name of a reported request, bytes. It is only logged.
 pub const MAX_REQUEST_NAME_BYTES: usize = 128;
+
+/// How long blocks of a routed request stay visible without confirmation, milliseconds, where the caller does not say: a queue
+/// and the prefill of a long prompt.
+pub(crate) const DEFAULT_SPECULATION_MS: u32 = 5_000;
 
 /// Bounds of requests that an operator may set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +97,18 @@ pub(crate) enum RequestError {
     WeightTier(i32),
     #[error("weights: {0}")]
     Weight(#[from] WeightError),
+    #[error("preset {0} is not known: give one of Preset, or none")]
+    Preset(i32),
+    #[error("loads has {0} entries: give at most {MAX_CANDIDATES}, one for each instance")]
+    TooManyLoads(usize),
+    #[error("candidates are missing: give the instances that may be used, with their roles")]
+    NoCandidates,
+    #[error("candidates: {0} is a shared store, where nothing is served: leave it out, stores are considered anyway")]
+    StoreAsCandidate(String),
+    #[error("request has {0} bytes: give a name of 1 to {MAX_REQUEST_NAME_BYTES}")]
+    SpeculationName(usize),
+    #[error("ttl_ms {0} is out of range: give 1 to {MAX_TTL_MS}, or 0 for {DEFAULT_SPECULATION_MS}")]
+    SpeculationTime(u32),
     #[error("request has {0} bytes: give at most {MAX_REQUEST_NAME_BYTES}")]
     RequestName(usize),
     #[error(transparent)]
@@ -130,6 +148,52 @@ pub(crate) fn score_query(
         limit: (request.limit > 0).then_some(request.limit as usize),
         ..query
     })
+}
+
+/// How rows are to be scored.
+pub(crate) fn preset(request: &pb::ScoreRequest) -> Result<pb::Preset, RequestError> {
+    if request.loads.len() > MAX_CANDIDATES {
+        return Err(RequestError::TooManyLoads(request.loads.len()));
+    }
+    pb::Preset::try_from(request.preset).map_err(|_| RequestError::Preset(request.preset))
+}
+
+/// Checks a plan request; `candidates` are the names of its candidates.
+pub(crate) fn plan_query<'a>(
+    request: &'a pb::PlanRequest,
+    candidates: &'a [String],
+    weights: TierWeights,
+    limits: RequestLimits,
+) -> Result<ScoreQuery<'a>, RequestError> {
+    let prompt = request.prompt.as_ref().ok_or(RequestError::PromptMissing)?;
+    if candidates.is_empty() {
+        return Err(RequestError::NoCandidates);
+    }
+    for name in candidates {
+        InstanceId::new(name.as_str())?;
+        if is_store(name) {
+            return Err(RequestError::StoreAsCandidate(name.clone()));
+        }
+    }
+    prompt_query(prompt, candidates, weights, limits)
+}
+
+/// Checks a speculation: its prompt, and how long it is to be visible, milliseconds.
+pub(crate) fn speculation(
+    request: &pb::SpeculateRequest,
+    weights: TierWeights,
+    limits: RequestLimits,
+) -> Result<(ScoreQuery<'_>, u32), RequestError> {
+    if request.request.is_empty() || request.request.len() > MAX_REQUEST_NAME_BYTES {
+        return Err(RequestError::SpeculationName(request.request.len()));
+    }
+    let ttl_ms = match request.ttl_ms {
+        0 => DEFAULT_SPECULATION_MS,
+        ttl_ms if ttl_ms <= MAX_TTL_MS => ttl_ms,
+        ttl_ms => return Err(RequestError::SpeculationTime(ttl_ms)),
+    };
+    let prompt = request.prompt.as_ref().ok_or(RequestError::PromptMissing)?;
+    Ok((prompt_query(prompt, &[], weights, limits)?, ttl_ms))
 }
 
 /// Checks a report.

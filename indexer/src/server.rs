@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use kvatlas_bus::{Bus, SubscribeError};
+use kvatlas_planner::Profiles;
 use kvatlas_proto::ShardId;
 use kvatlas_proto::grpc::FILE_DESCRIPTOR_SET;
 use kvatlas_proto::grpc::atlas_server::AtlasServer;
@@ -41,6 +42,7 @@ use crate::matching::TierWeights;
 use crate::metrics::Metrics;
 use crate::request::{MAX_PROMPT_TOKENS, RequestLimits};
 use crate::service::{AtlasService, Parts};
+use crate::speculate::Speculation;
 use crate::store::{self, CheckpointConfig, Loading};
 use crate::tenant_keys::{TenantKeys, TenantSecrets};
 use crate::tls::TlsFiles;
@@ -85,6 +87,8 @@ pub struct IndexServerConfig {
     pub tenant_secrets_file: Option<PathBuf>,
     /// Weight of a block per tier, for requests that name none.
     pub weights: TierWeights,
+    /// What costs are computed from: models, engines, links, topology.
+    pub profiles: Arc<Profiles>,
     /// How long to wait for publishers to show themselves before answers count as complete. Zero where the publishers
     /// start after the server, in the same process.
     pub discovery: Duration,
@@ -168,6 +172,7 @@ impl IndexServerConfig {
             key_seed: KeySeed::PUBLISHED,
             tenant_secrets_file: None,
             weights: TierWeights::default(),
+            profiles: Arc::new(Profiles::shipped()),
             discovery: Duration::ZERO,
             tls: None,
             auth_file: None,
@@ -225,6 +230,7 @@ impl IndexServer {
         };
         let (owned_in, owned) = mpsc::channel(OWNED_QUEUE);
         let replies = subscribe(config.subjects.all_replies(&asker)).await?;
+        let expectations = subscribe(config.subjects.speculations()).await?;
 
         let index = Arc::new(match &config.cluster {
             None => Index::new(config.limits, config.key_seed),
@@ -289,6 +295,9 @@ impl IndexServer {
             }
         };
 
+        let speculation =
+            Speculation::new(Arc::clone(&bus), config.subjects.clone(), Arc::clone(&metrics), clock);
+        let speculation = Arc::new(speculation);
         let (requests_in, requests) = mpsc::channel(REQUEST_QUEUE);
         let ingest = Ingest {
             index: Arc::clone(&index),
@@ -358,6 +367,8 @@ impl IndexServer {
             tasks.spawn(http::serve(listener, state, stop.clone()));
         }
 
+        tasks.spawn(Arc::clone(&speculation).listen(expectations, stop.clone()));
+
         let serving = config.serving;
         let admission = Admission::of_calls(serving.inflight);
         let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
@@ -365,6 +376,8 @@ impl IndexServer {
             index: Arc::clone(&index),
             coordinator,
             weights: config.weights,
+            profiles: config.profiles,
+            speculation,
             limits: serving.request,
             metrics: Arc::clone(&metrics),
             clock,

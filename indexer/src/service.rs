@@ -5,11 +5,14 @@
 //! comes here; requests inside a stream, which the guard does not see, pass the same rules here. Calls that stay open are
 //! admitted up to a named number.
 
+mod routing;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::stream::{self, Stream};
+use kvatlas_planner::Profiles;
 use kvatlas_proto::grpc as pb;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -31,6 +34,7 @@ use crate::metrics::Metrics;
 use crate::outcome::{Outcome, OutcomeMemory, Prediction, ScoredRequest};
 use crate::query::{ScoreAnswer, ScoreQuery};
 use crate::request::{self, OutcomeReport, RequestError, RequestLimits};
+use crate::speculate::Speculation;
 use crate::status::{
     self, AdmissionError, InterruptedError, NotAnsweredError, NotRememberedError, OutcomeError, ScoreError,
     StoppingError,
@@ -50,6 +54,9 @@ pub(crate) struct Parts {
     /// Present where this server is one of many.
     pub(crate) coordinator: Option<Arc<Coordinator>>,
     pub(crate) weights: TierWeights,
+    /// What costs are computed from.
+    pub(crate) profiles: Arc<Profiles>,
+    pub(crate) speculation: Arc<Speculation>,
     pub(crate) limits: RequestLimits,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
@@ -145,7 +152,7 @@ impl AtlasService {
     ) -> Result<pb::ScoreResponse, ScoreError> {
         let query = request::score_query(request, self.parts.weights, self.parts.limits)?;
         let start = Instant::now();
-        let found = self.score_of(&query, deadline).await?;
+        let (found, priced) = self.found_and_priced(request, &query, deadline).await?;
         let elapsed = start.elapsed();
         self.parts.metrics.lookup.0.observe(elapsed.as_secs_f64());
         let lookup_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
@@ -153,7 +160,7 @@ impl AtlasService {
         if request.request_id != 0 {
             self.remember(memory_id, &query, &found.answer, now_ms);
         }
-        Ok(answer::score_response(request.request_id, found, lookup_ns, now_ms, ready))
+        Ok(answer::score_response(request.request_id, found, priced, lookup_ns, now_ms, ready))
     }
 
     /// From here, or from everybody.
@@ -330,15 +337,19 @@ impl pb::atlas_server::Atlas for AtlasService {
         Ok(Response::new(Box::pin(answers)))
     }
 
-    async fn plan(&self, _: Request<pb::PlanRequest>) -> Result<Response<pb::PlanResponse>, Status> {
-        self.not_answered("Plan", "use Score and choose by its rows")
+    async fn plan(&self, request: Request<pb::PlanRequest>) -> Result<Response<pb::PlanResponse>, Status> {
+        let (caller, deadline) = (Caller::of(&request)?, deadline_of(&request));
+        let answer = self.plan_for(&caller, deadline, request.into_inner()).await;
+        self.counted("Plan", answer).map(Response::new)
     }
 
     async fn speculate(
         &self,
-        _: Request<pb::SpeculateRequest>,
+        request: Request<pb::SpeculateRequest>,
     ) -> Result<Response<pb::SpeculateResponse>, Status> {
-        self.not_answered("Speculate", "blocks become visible when the engine reports them")
+        let caller = Caller::of(&request)?;
+        let answer = self.speculate_for(&caller, request.into_inner()).await;
+        self.counted("Speculate", answer).map(Response::new)
     }
 
     async fn report_outcome(

@@ -5,8 +5,10 @@ use tonic::{Code, Status};
 
 use crate::admission::OverloadError;
 use crate::auth::{DeniedError, UnknownCallerError};
+use crate::costing::CostError;
 use crate::index::BlockSizeMismatch;
 use crate::request::RequestError;
+use crate::speculate::SpeculateError;
 
 /// Why a score request has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +17,28 @@ pub(crate) enum ScoreError {
     Request(#[from] RequestError),
     #[error(transparent)]
     BlockSize(#[from] BlockSizeMismatch),
+    #[error(transparent)]
+    Cost(#[from] CostError),
+}
+
+/// Why a plan request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlanRequestError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error(transparent)]
+    BlockSize(#[from] BlockSizeMismatch),
+    #[error(transparent)]
+    Cost(#[from] CostError),
+}
+
+/// Why nothing is expected.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpeculateRequestError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error(transparent)]
+    Speculate(#[from] SpeculateError),
 }
 
 /// Why a report has no answer.
@@ -77,7 +101,38 @@ impl From<ScoreError> for Status {
         match error {
             ScoreError::Request(error) => error.into(),
             ScoreError::BlockSize(error) => Self::failed_precondition(error.to_string()),
+            ScoreError::Cost(error) => error.into(),
         }
+    }
+}
+
+impl From<PlanRequestError> for Status {
+    fn from(error: PlanRequestError) -> Self {
+        match error {
+            PlanRequestError::Request(error) => error.into(),
+            PlanRequestError::BlockSize(error) => Self::failed_precondition(error.to_string()),
+            PlanRequestError::Cost(error) => error.into(),
+        }
+    }
+}
+
+impl From<SpeculateRequestError> for Status {
+    fn from(error: SpeculateRequestError) -> Self {
+        match error {
+            SpeculateRequestError::Request(error) => error.into(),
+            SpeculateRequestError::Speculate(SpeculateError::Full(error)) => {
+                Self::resource_exhausted(error.to_string())
+            }
+            SpeculateRequestError::Speculate(SpeculateError::Encode(error)) => {
+                Self::invalid_argument(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<CostError> for Status {
+    fn from(error: CostError) -> Self {
+        Self::invalid_argument(error.to_string())
     }
 }
 

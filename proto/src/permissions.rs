@@ -12,7 +12,7 @@ const OWN_INBOX: &str = "_INBOX.>";
 
 /// What index servers tell each other, below the deployment's prefix: questions about shards and hot keys, their answers, and
 /// who is there. Shims and observers have no business there.
-const BETWEEN_SERVERS: [&str; 4] = ["q.>", "hq.>", "qr.>", "srv"];
+const BETWEEN_SERVERS: [&str; 5] = ["q.>", "hq.>", "qr.>", "srv", "exp"];
 
 /// What a connection is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,7 +170,7 @@ mod tests {
     fn what_servers_tell_each_other_is_for_servers() {
         let subjects = Subjects::default();
         let shim = BusRole::Shim { instance: InstanceId::new("a:1").unwrap(), rank: None };
-        for subject in ["kvatlas.v1.q.1", "kvatlas.v1.hq.1", "kvatlas.v1.qr.x.1", "kvatlas.v1.srv"] {
+        for subject in ["kvatlas.v1.q.1", "kvatlas.v1.hq.1", "kvatlas.v1.qr.x.1", "kvatlas.v1.srv", "kvatlas.v1.exp"] {
             let index = subjects.permissions(&BusRole::Index);
             assert!(allows(&index.publish, subject) && allows(&index.subscribe, subject), "{subject}");
             for role in [&shim, &BusRole::Observer] {

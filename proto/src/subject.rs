@@ -9,6 +9,7 @@
 //! PREFIX.v1.hq.SET                           the same question again, to all of them: the first was slow
 //! PREFIX.v1.qr.ASKER.NUMBER                  the answer
 //! PREFIX.v1.srv                              servers say which sets they own
+//! PREFIX.v1.exp                              a server says which blocks a request that was routed will bring
 //! ```
 //!
 //! `PREFIX` is the deployment's name (default `kvatlas`), `SCOPE` the scope token (16 hex digits), `SHARD` the virtual
@@ -191,6 +192,11 @@ impl Subjects {
     /// Where servers say which sets they own.
     pub fn servers(&self) -> String {
         format!("{}.{VERSION}.srv", self.prefix)
+    }
+
+    /// Where servers say which blocks requests that were routed will bring.
+    pub fn speculations(&self) -> String {
+        format!("{}.{VERSION}.exp", self.prefix)
     }
 
     /// Name of the key-value bucket in which servers agree who owns which set. Dots, which a bucket's name cannot have, are

@@ -225,6 +225,7 @@ fn row(
         block_size,
         score: matched.score(&query.weights, query.input.blocks(block_size)),
         matched,
+        speculative_blocks: 0,
     }
 }
 

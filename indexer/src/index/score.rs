@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use kvatlas_proto::{InstanceId, Scope};
+use kvatlas_proto::{InstanceId, Scope, SourceId};
 
 use super::{BlockSizeMismatch, Index};
 use crate::cluster::{Inquiry, ShardAnswer};
+use crate::costing::is_store;
 use crate::matching::SourceMatch;
-use crate::query::{ScoreAnswer, ScoreQuery, ScoreRow};
+use crate::query::{Chain, ScoreAnswer, ScoreQuery, ScoreRow};
 use crate::scope_index::ScopeIndex;
 use crate::trust::Trust;
 
@@ -62,6 +63,43 @@ impl Index {
         inquiry.into_subject().answer(query, rows)
     }
 
+    /// The keys of a query's prompt, by block size and shape.
+    pub(crate) fn chains_of(&self, query: &ScoreQuery<'_>) -> Vec<(u32, Chain)> {
+        let keys = Arc::clone(&self.keys.read());
+        let mut chains = Vec::new();
+        for (scope, parts) in self.scopes_of(query.model, query.tenant) {
+            let size = scope.block_size();
+            if query.block_size.is_none_or(|asked| asked == size) {
+                let mut variants: Vec<_> =
+                    parts.iter().flat_map(|part| part.state.read().variants().collect::<Vec<_>>()).collect();
+                variants.sort_unstable();
+                variants.dedup();
+                let of_size = query.input.chains(keys.of(query.tenant), size, &variants);
+                chains.extend(of_size.into_iter().map(|chain| (size, chain)));
+            }
+        }
+        chains
+    }
+
+    /// How far a source can be trusted in a query's key space of this block size; `None` if it is not known.
+    pub(crate) fn trust_of(&self, query: &ScoreQuery<'_>, source: &SourceId, block_size: u32) -> Option<Trust> {
+        let scopes = self.scopes_of(query.model, query.tenant);
+        let (_, parts) = scopes.iter().find(|(scope, _)| scope.block_size() == block_size)?;
+        let ranks = ranks_of(parts, &source.instance);
+        ranks.into_iter().find(|(rank, _)| *rank == source.rank.0).map(|(_, trust)| trust)
+    }
+
+    /// Names of sources of a model and tenant that are no instances but shared stores, at most `most`.
+    pub(crate) fn stores_of(&self, model: &str, tenant: &str, most: usize) -> Vec<String> {
+        let mut names = BTreeSet::new();
+        for part in self.scopes_of(model, tenant).iter().flat_map(|(_, parts)| parts) {
+            let state = part.state.read();
+            let stores = state.sources().map(|(_, source)| source.id.instance.as_str());
+            names.extend(stores.filter(|name| is_store(name)).map(str::to_owned));
+        }
+        names.into_iter().take(most).collect()
+    }
+
     fn subject<'q>(&self, query: &'q ScoreQuery<'_>) -> Result<Subject<'q>, BlockSizeMismatch> {
         let of_model = self.scopes_of(query.model, query.tenant);
         let (asked, others): (Vec<_>, Vec<_>) = of_model
@@ -91,15 +129,11 @@ impl Subject<'_> {
         let sizes = || rows.iter().map(|row| row.block_size).filter(|size| *size > 0);
         let smallest = sizes().min().or_else(|| self.asked.iter().map(|(scope, _)| scope.block_size()).min());
         let prompt_blocks = smallest.or(query.block_size).map_or(0, |size| query.input.blocks(size));
-        rows.sort_by(|a, b| {
-            b.score
-                .total_cmp(&a.score)
-                .then_with(|| a.instance.cmp(&b.instance))
-                .then_with(|| (a.rank, a.block_size).cmp(&(b.rank, b.block_size)))
-        });
-        rows.truncate(query.limit.unwrap_or(usize::MAX));
         let scope_known = !self.asked.is_empty() || !self.others.is_empty();
-        ScoreAnswer { rows, scope_known, prompt_blocks }
+        let mut answer = ScoreAnswer { rows, scope_known, prompt_blocks };
+        answer.sort();
+        answer.rows.truncate(query.limit.unwrap_or(usize::MAX));
+        answer
     }
 
     /// Rows for candidates without one: known only at another block size, or not at all.
@@ -118,6 +152,7 @@ impl Subject<'_> {
                 block_size,
                 score: 0.0,
                 matched: SourceMatch::default(),
+                speculative_blocks: 0,
             };
             if let Ok(instance) = InstanceId::new(*name) {
                 for (scope, parts) in &self.others {
