@@ -40,7 +40,7 @@ pub struct Plan {
     pub profile: String,
     /// What was assumed because nobody configured it, one sentence each.
     pub assumptions: Vec<String>,
-    /// Possibilities that were not followed because of a bound. 0 in practice.
+    /// Partial plans that were not followed because of a bound; 0 where loads run one after another.
     pub dropped: u64,
 }
 
