@@ -10,7 +10,7 @@ use crate::topology::LinkClass;
 
 /// No source, no node.
 pub(crate) const NONE: u32 = u32::MAX;
-/// The lane of what the instance loads from its own tiers, and of everything where loads do not run side by side.
+/// The lane of what the instance loads from its own tiers: it all goes through its host.
 pub(crate) const OWN: usize = 0;
 /// The lane of what comes over the network: it all goes through its port.
 pub(crate) const NETWORK: usize = 1;
@@ -189,11 +189,16 @@ impl Default for Partial {
 }
 
 impl Partial {
-    pub(crate) fn fetch_ms(&self) -> f64 {
-        self.lanes.iter().copied().fold(0.0, f64::max)
+    /// All loads one after another.
+    pub(crate) fn loads_ms(&self) -> f64 {
+        self.lanes[OWN] + self.lanes[NETWORK]
     }
 
-    /// Whether no continuation of the other can be cheaper than the same continuation of this one.
+    fn fetch_ms(&self, side_by_side: bool) -> f64 {
+        if side_by_side { self.lanes[OWN].max(self.lanes[NETWORK]) } else { self.loads_ms() }
+    }
+
+    /// Whether no continuation of the other can be cheaper than the same continuation of this one, loads in sum.
     pub(crate) fn beats(&self, other: &Self, puller: &Puller<'_>) -> bool {
         // A tier that only the other has used is started there, and would have to be here.
         let starts = (0..TIERS).filter(|&tier| other.used[tier] && !self.used[tier]);
@@ -201,15 +206,10 @@ impl Partial {
         // Whoever sends for the other goes on without starting anew; here it would have to start.
         let same = self.sender == other.sender || other.sender.0 == NONE;
         let start = if same { 0.0 } else { other.sender_alpha_ms };
-        let (own, network) = if puller.engine.loads_side_by_side {
-            let own = self.lanes[OWN] + own_start <= other.lanes[OWN];
-            (own, self.lanes[NETWORK] + start <= other.lanes[NETWORK])
-        } else {
-            (self.lanes[OWN] + own_start + start <= other.lanes[OWN], true)
-        };
+        let sooner = self.loads_ms() + own_start + start <= other.loads_ms();
         let certain = self.valid == 1.0 && other.valid == 1.0;
         let alike = self.used == other.used && self.sender == other.sender && self.valid >= other.valid;
-        own && network
+        sooner
             && self.moved >= other.moved
             && (certain || alike)
             && self.missed_ms <= other.missed_ms
@@ -252,13 +252,30 @@ impl<'a> Puller<'a> {
             own_alpha_ms: std::array::from_fn(|tier| if tier == 0 { 0.0 } else { alpha_ms(query, tier) }),
         }
     }
-    /// The piece as an offer, unless it is among the others, cannot be read, or is the instance's own as if it were a peer's.
-    pub(crate) fn offer_if_new(&self, piece: Piece, whose: Whose, others: &[Offer]) -> Option<Offer> {
+
+    /// Adds the piece to the offers, unless it is among them, cannot be read, or is the instance's own as if it were a
+    /// peer's. Network loads add up, so an offer that is worse in every way never helps; except whoever sends already,
+    /// which need not start anew. Says whether it was added.
+    pub(crate) fn add_offer(
+        &self,
+        piece: Piece,
+        whose: Whose,
+        plans: &[Partial],
+        offers: &mut Vec<Offer>,
+    ) -> bool {
         let known = |o: &Offer| o.piece.source == piece.source && o.piece.tier == piece.tier;
-        if (whose == Whose::Peer && piece.source == self.index) || others.iter().any(known) {
-            return None;
+        if (whose == Whose::Peer && piece.source == self.index) || offers.iter().any(known) {
+            return false;
         }
-        Some(self.offer(piece, whose)).filter(|offer| offer.gb_per_s > 0.0)
+        let offer = self.offer(piece, whose);
+        let sends = |o: &Offer| plans.iter().any(|plan| plan.sender == (o.piece.source, o.piece.tier));
+        let beaten = offers.iter().any(|known| known.beats(&offer)) && !sends(&offer);
+        if beaten || offer.gb_per_s <= 0.0 {
+            return false;
+        }
+        offers.retain(|known| !offer.beats(known) || sends(known));
+        offers.push(offer);
+        true
     }
 
     fn offer(&self, piece: Piece, whose: Whose) -> Offer {
@@ -293,7 +310,7 @@ impl<'a> Puller<'a> {
         Offer {
             piece,
             network: true,
-            lane: if self.engine.loads_side_by_side { NETWORK } else { OWN },
+            lane: NETWORK,
             alpha_ms: read_alpha_ms + path.alpha_ms,
             gb_per_s: path.gb_per_s.min(read_gb_per_s),
             scarce: path.scarce,
@@ -335,8 +352,11 @@ impl<'a> Puller<'a> {
         }
         if !goes_on && offer.valid < 1.0 {
             longer.valid *= offer.valid;
-            let without = cost::start_ms(self.queue_ms, plan.fetch_ms(), self.engine.loads_while_queued)
-                + self.prefill_from(from);
+            let without = cost::start_ms(
+                self.queue_ms,
+                plan.fetch_ms(self.engine.loads_side_by_side),
+                self.engine.loads_while_queued,
+            ) + self.prefill_from(from);
             longer.missed_ms += (plan.valid - longer.valid) * (without + offer.detect_ms);
         }
         longer.extra_ms += self.scarce_ms(offer, bytes);
@@ -374,7 +394,7 @@ impl<'a> Puller<'a> {
     }
 
     pub(crate) fn stop(&self, plan: &Partial, block: u32) -> Stop {
-        let fetch_ms = plan.fetch_ms();
+        let fetch_ms = plan.fetch_ms(self.engine.loads_side_by_side);
         let start_ms = cost::start_ms(self.queue_ms, fetch_ms, self.engine.loads_while_queued);
         let prefill_ms = self.prefill_from(block);
         let both = start_ms + prefill_ms;

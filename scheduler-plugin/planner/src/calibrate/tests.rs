@@ -79,7 +79,7 @@ fn what_cannot_be_fitted_is_refused_with_what_to_do() {
 #[test]
 fn columns_are_found_by_name_and_bad_rows_by_line() {
     let mut text = "model,prompt_size,prompt_time\n".to_owned();
-    (1..=30).for_each(|i| text += &format!("m,{},{}\n", i * 100, i * 10));
+    text.extend((1..=30).map(|i| format!("m,{},{}\n", i * 100, i * 10)));
     text += "m,abc,3\n";
     let parsed = csv::parse(&text).unwrap();
     assert_eq!((parsed.rows.len(), parsed.skipped), (30, 1));
