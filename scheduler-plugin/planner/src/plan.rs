@@ -1,7 +1,7 @@
 //! The best (prefill, decode) pair, the source of each block, and why.
 //!
-//! Holders are grouped once ([`sources`](crate::sources)), each prefill instance walks over its interval ends once
-//! ([`walk`](crate::walk)) and keeps a few stops; a pair then costs a few additions. Everything that is needed in between
+//! Holders are grouped once (module `sources`), each prefill instance walks over its interval ends once
+//! (module `walk`) and keeps a few stops; a pair then costs a few additions. Everything that is needed in between
 //! lives in a [`Scratch`] that the caller keeps.
 
 use kvatlas_proto::{DpRank, InstanceId, Tier};
@@ -193,7 +193,6 @@ pub(crate) struct Pair {
 /// The best plan for the question.
 pub fn plan(query: &PlanQuery<'_>, scratch: &mut Scratch) -> Result<Plan, PlanError> {
     query.check()?;
-    scratch.prepare(query);
     let (best, second) = scratch.best_pairs(query);
     let best = best.ok_or(PlanError::NoPair)?;
     Ok(explain::plan(query, scratch, &best, second.as_ref()))
@@ -202,44 +201,37 @@ pub fn plan(query: &PlanQuery<'_>, scratch: &mut Scratch) -> Result<Plan, PlanEr
 // === impl Scratch ===
 
 impl Scratch {
-    /// Groups the sources and walks for everybody who prefills.
-    fn prepare(&mut self, query: &PlanQuery<'_>) {
-        self.sources.prepare(query);
-        self.walks.clear();
-        for (index, candidate) in query.candidates.iter().enumerate() {
-            if candidate.role.prefills() {
-                self.walks.walk(query, &self.sources, index, true);
-            } else {
-                self.walks.skip();
-            }
-        }
-    }
-
+    /// The best pair and the best other one.
+    ///
+    /// Both sides are taken in the order of what they cost at least, so most that cannot be among the two best are never
+    /// walked for or paired.
     fn best_pairs(&mut self, query: &PlanQuery<'_>) -> (Option<Pair>, Option<Pair>) {
-        let decoders = (0..query.candidates.len()).filter(|&at| query.candidates[at].role.decodes());
-        self.decoders.clear();
-        self.decoders.extend(decoders.map(|at| Decoder::new(query, &self.sources, at)));
+        let Self { sources, walks, decoders, order } = self;
+        sources.prepare(query);
+        walks.clear();
+        let each = 0..query.candidates.len();
+        decoders.clear();
+        let decoding = each.clone().filter(|&at| query.candidates[at].role.decodes());
+        decoders.extend(decoding.map(|at| Decoder::new(query, sources, at)));
+        decoders.sort_unstable_by(|a, b| a.paired_ms().total_cmp(&b.paired_ms()).then(a.index.cmp(&b.index)));
+        let least_decode_ms = decoders.iter().map(Decoder::alone_ms).fold(f64::INFINITY, f64::min);
+        order.clear();
+        let prefilling = each.filter(|&at| query.candidates[at].role.prefills());
+        order.extend(prefilling.map(|at| (Puller::new(query, sources, at).at_least_ms(), at)));
+        order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let mut top = Top::default();
-        for decoder in &self.decoders {
-            let index = decoder.index as usize;
-            if !self.walks.stops(index).is_empty() {
-                let side = Prefiller::new(query, &self.sources, &self.walks, index);
-                top.offer(decoder.alone(&side));
+        for (walk, &(least_ms, index)) in order.iter().enumerate() {
+            if least_ms + least_decode_ms >= top.bound_ms() {
+                break;
             }
-        }
-        // The cheapest first on both sides: what cannot beat the second best any more is not looked at.
-        self.decoders
-            .sort_unstable_by(|a, b| a.at_least_ms().total_cmp(&b.at_least_ms()).then(a.index.cmp(&b.index)));
-        let least =
-            |at: usize| self.walks.stops(at).iter().map(|stop| stop.whole).fold(f64::INFINITY, f64::min);
-        self.order.clear();
-        self.order
-            .extend((0..query.candidates.len()).map(|at| (least(at), at)).filter(|(ms, _)| ms.is_finite()));
-        self.order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        for &(least_ms, index) in self.order.iter().filter(|(_, at)| query.engine(*at).hands_off) {
-            let side = Prefiller::new(query, &self.sources, &self.walks, index);
-            for decoder in self.decoders.iter().filter(|decoder| decoder.index as usize != index) {
-                if least_ms + decoder.at_least_ms() >= top.bound_ms() {
+            walks.walk(query, sources, index, true);
+            let side = Prefiller::new(Puller::new(query, sources, index), walks, walk);
+            if query.candidates[index].role.decodes() {
+                top.offer(Decoder::new(query, sources, index).alone(&side));
+            }
+            let others = decoders.iter().filter(|decoder| decoder.index as usize != index);
+            for decoder in others.take_while(|_| side.puller.engine.hands_off) {
+                if side.least_whole + decoder.paired_ms() >= top.bound_ms() {
                     break;
                 }
                 if let Some(pair) = decoder.pair(&side, top.bound_ms()) {
@@ -250,24 +242,23 @@ impl Scratch {
         (top.best, top.second)
     }
 
-    /// The candidate alone, for prefill and decode, whatever its role; `None` if it was not walked for.
-    pub(crate) fn alone(&self, query: &PlanQuery<'_>, index: usize) -> Option<Pair> {
+    /// The candidate alone, for prefill and decode, whatever its role; every candidate was walked for, in order.
+    pub(crate) fn alone(&self, query: &PlanQuery<'_>, index: usize) -> Pair {
         let decoder = Decoder::new(query, &self.sources, index);
-        let side = Prefiller::new(query, &self.sources, &self.walks, index);
-        (!side.stops.is_empty()).then(|| decoder.alone(&side))
+        decoder.alone(&Prefiller::new(Puller::new(query, &self.sources, index), &self.walks, index))
     }
 }
 
 // === impl Prefiller ===
 
 impl<'a> Prefiller<'a> {
-    fn new(query: &'a PlanQuery<'a>, sources: &'a Sources, walks: &'a Walks, index: usize) -> Self {
-        let stops = walks.stops(index);
+    fn new(puller: Puller<'a>, walks: &'a Walks, walk: usize) -> Self {
+        let stops = walks.stops(walk);
         let least = |price: fn(&Stop) -> f64| stops.iter().map(price).fold(f64::INFINITY, f64::min);
         Self {
-            puller: Puller::new(query, sources, index),
+            puller,
             stops,
-            spans: walks.spans(index),
+            spans: walks.spans(walk),
             least_whole: least(|stop| stop.whole),
             least_hidden: least(|stop| stop.hidden),
         }
@@ -325,9 +316,14 @@ impl Decoder {
         }
     }
 
+    /// What it adds to its own prefill.
+    fn alone_ms(&self) -> f64 {
+        self.admit_ms + self.later_ms
+    }
+
     /// What it adds to any other instance's prefill at least.
-    fn at_least_ms(&self) -> f64 {
-        self.admit_ms + self.later_ms + self.step_ms
+    fn paired_ms(&self) -> f64 {
+        self.alone_ms() + self.step_ms
     }
 
     /// This instance for prefill too; it has a stop.
@@ -338,7 +334,7 @@ impl Decoder {
             prefill: self.index as usize,
             decode: self.index as usize,
             stop,
-            objective_ms: stop.whole + self.admit_ms + self.later_ms,
+            objective_ms: stop.whole + self.alone_ms(),
             transfer_ms: 0.0,
             hand_ms: 0.0,
             missing_bytes: 0.0,
@@ -356,7 +352,7 @@ impl Decoder {
         let path = path(query, puller.sources, puller.index, self.index);
         let transfer_ms = cost::moving_ms(self.missing_bytes, path.gb_per_s);
         let scarce = if path.scarce { query.objective.nu_ms_per_gb * self.missing_bytes / 1e9 } else { 0.0 };
-        let fixed = self.at_least_ms() + path.alpha_ms + scarce;
+        let fixed = self.paired_ms() + path.alpha_ms + scarce;
         // Where the prefill hides the transfer, the last layer's share shows; else all but the earlier layers' time.
         let price = |whole: f64, hidden: f64| (whole + transfer_ms / layers).max(hidden + transfer_ms);
         if !transfer_ms.is_finite() || price(side.least_whole, side.least_hidden) + fixed >= bound {

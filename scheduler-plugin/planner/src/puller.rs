@@ -383,6 +383,18 @@ impl<'a> Puller<'a> {
         within.then(|| (tokens / f64::from(self.query.block_tokens)) as u32)
     }
 
+    /// What prefilling here costs at least: all blocks that may be cached for nothing, as soon as the queue is done.
+    pub(crate) fn at_least_ms(&self) -> f64 {
+        let prefill_ms = self.prefill_from(self.cap);
+        self.queue_ms + prefill_ms + self.gpu_ms(prefill_ms)
+    }
+
+    /// What this much computing is worth besides its time.
+    fn gpu_ms(&self, prefill_ms: f64) -> f64 {
+        let gpu_s = prefill_ms / 1e3 * f64::from(self.engine.tensor_parallel);
+        self.query.objective.lambda_ms_per_gpu_s * gpu_s
+    }
+
     fn scarce_ms(&self, offer: &Offer, bytes: f64) -> f64 {
         if offer.scarce { self.query.objective.nu_ms_per_gb * bytes / 1e9 } else { 0.0 }
     }
@@ -399,8 +411,7 @@ impl<'a> Puller<'a> {
         let prefill_ms = self.prefill_from(block);
         let both = start_ms + prefill_ms;
         let stale_ms = plan.missed_ms + plan.valid * both - both;
-        let gpu_s = prefill_ms / 1e3 * f64::from(self.engine.tensor_parallel);
-        let besides = stale_ms + plan.extra_ms + self.query.objective.lambda_ms_per_gpu_s * gpu_s;
+        let besides = stale_ms + plan.extra_ms + self.gpu_ms(prefill_ms);
         Stop {
             whole: both + besides,
             hidden: start_ms + prefill_ms / self.layers + besides,

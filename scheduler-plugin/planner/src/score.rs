@@ -146,7 +146,7 @@ fn expected_times(query: &PlanQuery<'_>, pulls: bool, scratch: &mut Scratch) -> 
     scratch.prepare_all(query, pulls);
     (0..query.candidates.len())
         .map(|at| {
-            let pair = scratch.alone(query, at).expect("computing everything is always a stop");
+            let pair = scratch.alone(query, at);
             let segments = explain::segments(query, scratch, &pair);
             (pair.ttft_ms(), explain::terms(query, &pair, &segments))
         })

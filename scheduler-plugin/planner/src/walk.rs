@@ -117,11 +117,6 @@ impl Walks {
         nodes
     }
 
-    /// Adds a walk that has no stop: an instance that does not prefill.
-    pub(crate) fn skip(&mut self) {
-        self.ranges.push((Stretch::default(), Stretch::default()));
-    }
-
     /// Walks for the candidate `index`; `pulls`: from others too.
     pub(crate) fn walk(&mut self, query: &PlanQuery<'_>, sources: &Sources, index: usize, pulls: bool) {
         let puller = Puller::new(query, sources, index);
@@ -260,7 +255,7 @@ impl Walks {
         let queue_ms = if puller.engine.loads_while_queued { puller.queue_ms } else { 0.0 };
         // One after another, or side by side.
         let behind = [queue_ms - other_ms, queue_ms.max(other_ms)];
-        for behind_ms in &behind[..1 + usize::from(puller.engine.loads_side_by_side)] {
+        for behind_ms in &behind[..=usize::from(puller.engine.loads_side_by_side)] {
             if starts_ms >= *behind_ms || ends_ms <= *behind_ms {
                 continue;
             }
