@@ -103,7 +103,9 @@ pub(crate) enum RequestError {
     TooManyLoads(usize),
     #[error("candidates are missing: give the instances that may be used, with their roles")]
     NoCandidates,
-    #[error("candidates: {0} is a shared store, where nothing is served: leave it out, stores are considered anyway")]
+    #[error(
+        "candidates: {0} is a shared store, where nothing is served: leave it out, stores are considered anyway"
+    )]
     StoreAsCandidate(String),
     #[error("request has {0} bytes: give a name of 1 to {MAX_REQUEST_NAME_BYTES}")]
     SpeculationName(usize),

@@ -53,6 +53,9 @@ async fn a_row_says_everything_the_contract_says() {
         state: pb::SourceState::Live.into(),
         degraded_reason: String::new(),
         verified_age_ms: None,
+        expected_ttft_us: None,
+        terms: Vec::new(),
+        speculative_blocks: 0,
     };
     assert_eq!(answer.instances, [expected]);
 }
@@ -295,18 +298,12 @@ async fn a_score_stream_answers_in_order_and_survives_refusals() {
 }
 
 #[tokio::test]
-async fn calls_that_are_not_answered_yet_say_so_and_what_to_use() {
+async fn a_call_that_is_not_answered_yet_says_so_and_what_to_use() {
     let stage = Stage::start().await;
     let mut atlas = stage.atlas.clone();
-    let statuses = [
-        ("Plan", atlas.plan(pb::PlanRequest::default()).await.unwrap_err()),
-        ("Speculate", atlas.speculate(pb::SpeculateRequest::default()).await.unwrap_err()),
-        ("Watch", atlas.watch(pb::WatchRequest::default()).await.unwrap_err()),
-    ];
-    for (call, status) in statuses {
-        assert_eq!(status.code(), Code::Unimplemented);
-        assert!(status.message().starts_with(call) && status.message().contains("yet"), "{status}");
-    }
+    let status = atlas.watch(pb::WatchRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
+    assert!(status.message().starts_with("Watch") && status.message().contains("yet"), "{status}");
 }
 
 #[tokio::test]

@@ -170,7 +170,9 @@ mod tests {
     fn what_servers_tell_each_other_is_for_servers() {
         let subjects = Subjects::default();
         let shim = BusRole::Shim { instance: InstanceId::new("a:1").unwrap(), rank: None };
-        for subject in ["kvatlas.v1.q.1", "kvatlas.v1.hq.1", "kvatlas.v1.qr.x.1", "kvatlas.v1.srv", "kvatlas.v1.exp"] {
+        for subject in
+            ["kvatlas.v1.q.1", "kvatlas.v1.hq.1", "kvatlas.v1.qr.x.1", "kvatlas.v1.srv", "kvatlas.v1.exp"]
+        {
             let index = subjects.permissions(&BusRole::Index);
             assert!(allows(&index.publish, subject) && allows(&index.subscribe, subject), "{subject}");
             for role in [&shim, &BusRole::Observer] {

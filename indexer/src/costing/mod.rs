@@ -14,8 +14,8 @@ use foldhash::{HashMap, HashMapExt};
 use kvatlas_planner::profile::{EngineProfile, UnknownProfileError};
 use kvatlas_planner::query::{MAX_INTERVALS, MAX_POOLS, QueryError};
 use kvatlas_planner::{
-    Candidate, CostProfile, Held, LinkOverride, Load, Location, Objective, PlanError, PlanQuery, PoolCoverage, Profiles,
-    Role, Scratch,
+    Candidate, CostProfile, Held, LinkOverride, Load, Location, Objective, PlanError, PlanQuery,
+    PoolCoverage, Profiles, Role, Scratch,
 };
 use kvatlas_proto::grpc as pb;
 use kvatlas_proto::{DpRank, InstanceId, Tier};
@@ -141,7 +141,14 @@ impl Fleet {
         }
     }
 
-    fn add_store(&mut self, profiles: &Profiles, instance: InstanceId, rank: DpRank, row: usize, held: Vec<Held>) {
+    fn add_store(
+        &mut self,
+        profiles: &Profiles,
+        instance: InstanceId,
+        rank: DpRank,
+        row: usize,
+        held: Vec<Held>,
+    ) {
         if held.is_empty() || self.stores.len() >= MAX_POOLS {
             return;
         }
@@ -254,7 +261,13 @@ fn role_of(candidate: &pb::PlanCandidate) -> Result<Role, CostError> {
 fn load_of(what: &'static str, load: &pb::PlanCandidate) -> Result<Load, CostError> {
     if !(0.0..=1.0).contains(&load.kv_usage) {
         let (instance, value) = (load.instance.clone(), load.kv_usage);
-        return Err(CostError::Range { what, instance, number: "kv_usage", value, allowed: "a share from 0 to 1" });
+        return Err(CostError::Range {
+            what,
+            instance,
+            number: "kv_usage",
+            value,
+            allowed: "a share from 0 to 1",
+        });
     }
     Ok(Load {
         waiting_requests: load.waiting_requests,
@@ -268,8 +281,7 @@ fn load_of(what: &'static str, load: &pb::PlanCandidate) -> Result<Load, CostErr
 /// What a row's source holds of the prompt, in blocks of the question's size.
 fn held(row: &ScoreRow, block_tokens: u32, now_ms: u64) -> Vec<Held> {
     // In the steps in which answers say ages, so that every server gives the same plan.
-    let age_ms =
-        row.verified_ms.map_or(UNPROVED_AGE_MS, |at| age_in_steps(now_ms.saturating_sub(at)) as f64);
+    let age_ms = row.verified_ms.map_or(UNPROVED_AGE_MS, |at| age_in_steps(now_ms.saturating_sub(at)) as f64);
     let size = u64::from(row.block_size);
     let scaled = |blocks: u32, up: bool| {
         let tokens = u64::from(blocks) * size;

@@ -82,7 +82,12 @@ impl Index {
     }
 
     /// How far a source can be trusted in a query's key space of this block size; `None` if it is not known.
-    pub(crate) fn trust_of(&self, query: &ScoreQuery<'_>, source: &SourceId, block_size: u32) -> Option<Trust> {
+    pub(crate) fn trust_of(
+        &self,
+        query: &ScoreQuery<'_>,
+        source: &SourceId,
+        block_size: u32,
+    ) -> Option<Trust> {
         let scopes = self.scopes_of(query.model, query.tenant);
         let (_, parts) = scopes.iter().find(|(scope, _)| scope.block_size() == block_size)?;
         let ranks = ranks_of(parts, &source.instance);

@@ -59,8 +59,7 @@ impl AtlasService {
         let mut found = self.found(&all, deadline).await?;
         let now_ms = self.parts.clock.now_ms();
         let profiles = &self.parts.profiles;
-        let mut priced =
-            costing::score::price(profiles, (request, preset), &all, &mut found.answer, now_ms)?;
+        let mut priced = costing::score::price(profiles, (request, preset), &all, &mut found.answer, now_ms)?;
         let limit = query.limit.unwrap_or(usize::MAX);
         found.answer.rows.truncate(limit);
         priced.truncate(limit);

@@ -127,7 +127,10 @@ impl Expected {
             })
             .collect();
         let blocks = |chain: &ExpectedChain| chain.keys.len();
-        if chains.is_empty() || chains.len() > MAX_CHAINS || chains.iter().any(|chain| blocks(chain) > MAX_BLOCKS) {
+        if chains.is_empty()
+            || chains.len() > MAX_CHAINS
+            || chains.iter().any(|chain| blocks(chain) > MAX_BLOCKS)
+        {
             return Err(ParseError::Inconsistent("more or fewer keys than a prompt has"));
         }
         if chains.iter().any(|chain| chain.first.checked_add(blocks(chain) as u32).is_none()) {

@@ -115,7 +115,8 @@ impl Table {
             let at = row_of(index, query, answer, source, *block_size);
             let Some(row) = at.map(|at| &mut answer.rows[at]) else { continue };
             let held = row.matched.matched_blocks;
-            let reach = |reach: u32, (start, end): &(u32, u32)| if *start <= reach { reach.max(*end) } else { reach };
+            let reach =
+                |reach: u32, (start, end): &(u32, u32)| if *start <= reach { reach.max(*end) } else { reach };
             row.speculative_blocks = stretches.iter().fold(held, reach) - held;
             let all = f64::from(query.input.blocks(*block_size).max(1));
             let worth = f64::from(row.speculative_blocks) * query.weights.of(kvatlas_proto::Tier::Gpu) / all;
@@ -225,8 +226,9 @@ fn row_of(
     }
     let trust = index.trust_of(query, source, block_size);
     // Somebody whom no event ever named: the row of an unknown candidate is its.
-    let unknown =
-        |row: &ScoreRow| row.instance == source.instance.as_str() && row.state.is_none() && source.rank.0 == 0;
+    let unknown = |row: &ScoreRow| {
+        row.instance == source.instance.as_str() && row.state.is_none() && source.rank.0 == 0
+    };
     if let Some(at) = answer.rows.iter().position(unknown) {
         answer.rows[at].block_size = block_size;
         return Some(at);
