@@ -3,13 +3,16 @@
 #![allow(unreachable_pub, reason = "in a binary, pub between modules is the plain word")]
 
 mod bench;
+mod calibrate;
 mod cluster;
+mod connect;
 mod demo;
 mod engine;
 mod failure;
 mod lease;
 mod nats_permissions;
 mod output;
+mod plan;
 mod query;
 mod record;
 mod replay;
@@ -44,6 +47,10 @@ enum Command {
     Shim(Box<Settings>),
     /// Ask a running server.
     Query(query::QueryArgs),
+    /// Ask a running server where a prompt would best be served: who prefills, who decodes, which blocks move, and why.
+    Plan(Box<plan::PlanArgs>),
+    /// Make an engine profile from measured prefill times, and say how well it fits.
+    Calibrate(calibrate::CalibrateArgs),
     /// Print what a NATS server must allow a shim, an index server or an observer, for its configuration.
     NatsPermissions(nats_permissions::PermissionsArgs),
     /// See or change which servers own which shards of the key space.
@@ -85,6 +92,8 @@ async fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Serve(settings) => serve::serve(settings.load()?).await,
         Command::Shim(settings) => serve::shim(settings.load()?).await,
         Command::Query(args) => query::run(args).await,
+        Command::Plan(args) => plan::run(*args).await,
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::NatsPermissions(args) => nats_permissions::run(&args),
         Command::Cluster(args) => cluster::run(args).await,
         Command::Demo(args) => demo::run(args).await,

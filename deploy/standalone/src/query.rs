@@ -2,59 +2,26 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use kvatlas_client::{Client, ClientConfig, ClientTls};
+use kvatlas_client::Client;
 use kvatlas_proto::grpc::{
     self, BlockKeys, DumpRequest, InstanceScore, ListOwnersRequest, PredictionSource, Prompt,
     ReportOutcomeRequest, ScoreRequest, Source, SourceState, TokenIds,
 };
 use serde_json::{Value, json};
 
+use crate::connect::ConnectArgs;
 use crate::failure::Failure;
 use crate::output;
-use crate::settings::DEFAULT_GRPC;
 
 /// Arguments of `query`.
 #[derive(Args)]
 pub struct QueryArgs {
-    /// gRPC address of the server.
-    #[arg(long, env = "KVATLAS_SERVER", default_value = DEFAULT_GRPC, global = true, value_name = "HOST:PORT")]
-    server: String,
-    /// Longest wait for an answer, milliseconds.
-    #[arg(long, default_value_t = 2_000, global = true, value_name = "MS")]
-    deadline_ms: u64,
-    /// Print JSON instead of a table.
-    #[arg(long, global = true)]
-    json: bool,
     #[command(flatten)]
-    access: AccessArgs,
+    connect: ConnectArgs,
     #[command(subcommand)]
     question: Question,
-}
-
-/// How to reach a server that is protected.
-#[derive(Args)]
-struct AccessArgs {
-    /// Encrypt, and trust the system's authorities. The other TLS options imply it.
-    #[arg(long, env = "KVATLAS_QUERY_TLS", global = true)]
-    tls: bool,
-    /// PEM file with the authorities to trust instead of the system's.
-    #[arg(long, env = "KVATLAS_QUERY_CA_FILE", global = true, value_name = "FILE")]
-    ca_file: Option<PathBuf>,
-    /// PEM file with this client's certificate; needs --key-file.
-    #[arg(long, env = "KVATLAS_QUERY_CERT_FILE", global = true, value_name = "FILE")]
-    cert_file: Option<PathBuf>,
-    /// PEM file with the private key of that certificate.
-    #[arg(long, env = "KVATLAS_QUERY_KEY_FILE", global = true, value_name = "FILE")]
-    key_file: Option<PathBuf>,
-    /// Name to expect in the server's certificate instead of the host's.
-    #[arg(long, env = "KVATLAS_QUERY_SERVER_NAME", global = true, value_name = "NAME")]
-    server_name: Option<String>,
-    /// File with the bearer token that says who asks.
-    #[arg(long, env = "KVATLAS_QUERY_TOKEN_FILE", global = true, value_name = "FILE")]
-    token_file: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -69,8 +36,9 @@ enum Question {
     Dump(DumpArgs),
 }
 
+/// A prompt, as it is given on the command line.
 #[derive(Args)]
-struct PromptArgs {
+pub struct PromptArgs {
     /// Model name as the engines serve it.
     #[arg(long)]
     model: String,
@@ -159,16 +127,12 @@ struct DumpArgs {
 
 /// Runs `query`.
 pub async fn run(args: QueryArgs) -> Result<ExitCode, Failure> {
-    let deadline = Duration::from_millis(args.deadline_ms);
-    let tls = args.access.tls()?;
-    let token_file = args.access.token_file;
-    let config = ClientConfig { deadline, tls, token_file, ..ClientConfig::new(args.server) };
-    let client = Client::connect(config).map_err(|error| Failure::usage(error.to_string()))?;
+    let (client, as_json) = (args.connect.client()?, args.connect.json);
     match args.question {
-        Question::Score(score_args) => score(&client, score_args, args.json).await?,
-        Question::Outcome(outcome_args) => outcome(&client, outcome_args, args.json).await?,
-        Question::Owners(owners_args) => owners(&client, owners_args, args.json).await?,
-        Question::Dump(dump_args) => dump(&client, dump_args, args.json).await?,
+        Question::Score(score_args) => score(&client, score_args, as_json).await?,
+        Question::Outcome(outcome_args) => outcome(&client, outcome_args, as_json).await?,
+        Question::Owners(owners_args) => owners(&client, owners_args, as_json).await?,
+        Question::Dump(dump_args) => dump(&client, dump_args, as_json).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -316,25 +280,11 @@ async fn dump(client: &Client, args: DumpArgs, as_json: bool) -> Result<(), Fail
     Ok(())
 }
 
-// === impl AccessArgs ===
-
-impl AccessArgs {
-    fn tls(&self) -> Result<Option<ClientTls>, Failure> {
-        let identity = match (&self.cert_file, &self.key_file) {
-            (None, None) => None,
-            (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
-            _ => return Err(Failure::usage("--cert-file and --key-file belong together")),
-        };
-        let tls =
-            ClientTls { ca_file: self.ca_file.clone(), identity, server_name: self.server_name.clone() };
-        Ok((self.tls || tls != ClientTls::default()).then_some(tls))
-    }
-}
-
 // === impl PromptArgs ===
 
 impl PromptArgs {
-    fn into_prompt(self) -> Result<Prompt, Failure> {
+    /// The prompt for a request.
+    pub fn into_prompt(self) -> Result<Prompt, Failure> {
         let input = match (self.tokens, self.tokens_file, self.keys) {
             (Some(ids), _, _) => grpc::prompt::Input::TokenIds(TokenIds { ids }),
             (None, Some(path), _) => {

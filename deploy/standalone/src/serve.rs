@@ -20,6 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::calibrate;
 use crate::failure::Failure;
 use crate::lease::ShardLease;
 use crate::settings::{DEFAULT_GRPC, DEFAULT_HTTP, Ownership, Settings};
@@ -142,6 +143,7 @@ async fn start_server(
         config.weights =
             config.weights.with(tier, weight.weight).map_err(|error| Failure::usage(error.to_string()))?;
     }
+    config.profiles = Arc::new(calibrate::profiles(&settings.server.cost_profiles)?);
     if let Some(blocks) = settings.server.max_blocks {
         config.limits.blocks = blocks;
     }

@@ -145,6 +145,10 @@ pub struct ServerSettings {
     #[arg(long = "weight", env = "KVATLAS_WEIGHT", value_delimiter = ',', value_name = "TIER=WEIGHT")]
     #[serde(rename = "weight")]
     pub weights: Vec<TierWeight>,
+    /// TOML file with profiles of models and engines, speeds of tiers and links, and who stands where, for scores and plans in
+    /// milliseconds; may be given several times. Default: those that come with kvatlas.
+    #[arg(long, env = "KVATLAS_COST_PROFILES", value_delimiter = ',', value_name = "FILE")]
+    pub cost_profiles: Vec<PathBuf>,
     /// Most blocks held, counted once per owner. Default: 67108864 (about 4 GB).
     #[arg(long, env = "KVATLAS_MAX_BLOCKS", value_name = "BLOCKS")]
     pub max_blocks: Option<usize>,
@@ -348,6 +352,7 @@ impl ServerSettings {
             grpc_listen: self.grpc_listen.or(file.grpc_listen),
             http_listen: self.http_listen.or(file.http_listen),
             weights: or_list(self.weights, file.weights),
+            cost_profiles: or_list(self.cost_profiles, file.cost_profiles),
             max_blocks: self.max_blocks.or(file.max_blocks),
             checkpoint_file: self.checkpoint_file.or(file.checkpoint_file),
             checkpoint_store: self.checkpoint_store.or(file.checkpoint_store),

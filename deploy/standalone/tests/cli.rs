@@ -303,3 +303,76 @@ fn replay_check_prints_one_object_a_file_and_its_verdict_is_the_exit_code() {
     let output = run(&["replay", "--check", swapped.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
+
+#[test]
+fn a_plan_is_a_table_for_a_person_or_one_object() {
+    let folder = tempfile::tempdir().unwrap();
+    let profiles = folder.path().join("costs.toml");
+    let ours = "[[engine]]\nname = \"ours\"\nmodels = [\"m\"]\n\
+                prefill = { c0_ms = 10.0, c1_ms_per_token = 0.1, c2_ms_per_token2 = 0.0 }\n\
+                decode = { base_ms = 20.0, per_request_ms = 0.1 }\n";
+    std::fs::write(&profiles, ours).unwrap();
+    let (server, grpc, _) =
+        serve_on_free_ports(&["--cost-profiles", profiles.to_str().unwrap(), "--engine", ENGINE]);
+    let tokens = (0..1_000).map(|id| id.to_string()).collect::<Vec<_>>().join(",");
+    let arguments = [
+        "plan",
+        "--server",
+        &grpc,
+        "--model",
+        "m",
+        "--tokens",
+        &tokens,
+        "--both",
+        "10.0.0.1:8000,waiting-tokens=5000",
+        "--both",
+        "10.0.0.2:8000",
+    ];
+    let output = run(&arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in ["prefill and decode on 10.0.0.2:8000", "computed", "next best", "on ours", "assumed:"] {
+        assert!(text.contains(part), "{part} is not in:\n{text}");
+    }
+    let output = run(&[&arguments[..], &["--json"]].concat());
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["prefill_instance"], "10.0.0.2:8000");
+    assert!((plan["expected_ttft_us"].as_f64().unwrap() - 110_000.0).abs() < 1.0, "{plan}");
+    assert_eq!(plan["computed_tokens"], 1_000);
+    refuses(&["plan", "--server", &grpc, "--model", "m", "--tokens", "1"], 1, "candidates are missing");
+    let output = run(&["plan", "--model", "m", "--tokens", "1", "--both", "a,queue=2"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("waiting-tokens=TOKENS"), "{output:?}");
+    assert_eq!(server.terminate(), Some(0));
+}
+
+#[test]
+fn a_profile_is_fitted_from_measured_times_and_can_be_used_as_it_is_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (csv, toml) = (path("rows.csv"), path("ours.toml"));
+    let sizes = [128.0f64, 256.0, 512.0, 1_024.0, 2_048.0, 4_096.0, 8_192.0];
+    let row = |tokens: f64| format!("{tokens},{}\n", 30.0 + 0.1 * tokens + 7e-6 * tokens * tokens);
+    let rows: String = sizes.into_iter().map(row).collect();
+    std::fs::write(&csv, format!("prompt_tokens,ttft_ms\n{rows}broken,1\n")).unwrap();
+    let found = run(&["calibrate", "--csv", &csv, "--json"]);
+    refuses(&["calibrate", "--csv", &csv], 2, "1 of 8 rows");
+    assert_eq!(found.status.code(), Some(2));
+    std::fs::write(&csv, format!("prompt_tokens,ttft_ms\n{rows}")).unwrap();
+    let output = run(&["calibrate", "--csv", &csv, "--json"]);
+    let fit: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let near = |name: &str, value: f64| (fit[name].as_f64().unwrap() / value - 1.0).abs() < 1e-6;
+    assert!(near("c0_ms", 30.0) && near("c1_ms_per_token", 0.1) && near("c2_ms_per_token2", 7e-6), "{fit}");
+    assert_eq!((&fit["rows"], &fit["skipped"]), (&7.into(), &0.into()));
+    let output = run(&["calibrate", "--csv", &csv, "--name", "our h100", "--model", "m*"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("mean error 0.0 %"), "{output:?}");
+    std::fs::write(&toml, output.stdout).unwrap();
+    // As an operator would go on.
+    let (server, grpc, _) = serve_on_free_ports(&["--cost-profiles", &toml, "--engine", ENGINE]);
+    let output =
+        run(&["plan", "--server", &grpc, "--model", "m", "--tokens", "1,2,3", "--both", "a:1", "--json"]);
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(plan["profile"].as_str().unwrap().contains("our h100"), "{plan}");
+    assert_eq!(server.terminate(), Some(0));
+    refuses(&["calibrate"], 2, "--csv");
+    refuses(&["serve", "--cost-profiles", &csv, "--grpc-listen", "127.0.0.1:0"], 2, "rows.csv");
+}

@@ -22,7 +22,7 @@ pub(crate) fn plan_response(
     let fleet = Fleet::new(profiles, query, answer, &request.candidates, profile, now_ms)?;
     let links = links(&request.links)?;
     let output_tokens = (request.output_tokens > 0).then_some(request.output_tokens);
-    let found = fleet.ask(&links, output_tokens, |question, scratch| plan(question, scratch))?;
+    let found = fleet.ask(&links, output_tokens, plan)?;
     let mut response = response(&fleet, found);
     response.request_id = request.request_id;
     Ok(response)

@@ -113,7 +113,7 @@ impl Table {
         let (stretches, whole) = self.stretches(query, &chains);
         for ((source, block_size), stretches) in &stretches {
             let at = row_of(index, query, answer, source, *block_size);
-            let Some(row) = at.map(|at| &mut answer.rows[at]) else { continue };
+            let row = &mut answer.rows[at];
             let held = row.matched.matched_blocks;
             let reach =
                 |reach: u32, (start, end): &(u32, u32)| if *start <= reach { reach.max(*end) } else { reach };
@@ -220,9 +220,9 @@ fn row_of(
     answer: &mut ScoreAnswer,
     source: &SourceId,
     block_size: u32,
-) -> Option<usize> {
+) -> usize {
     if let Some(at) = answer.rows.iter().position(|row| is_row_of(row, source, block_size)) {
-        return Some(at);
+        return at;
     }
     let trust = index.trust_of(query, source, block_size);
     // Somebody whom no event ever named: the row of an unknown candidate is its.
@@ -231,7 +231,7 @@ fn row_of(
     };
     if let Some(at) = answer.rows.iter().position(unknown) {
         answer.rows[at].block_size = block_size;
-        return Some(at);
+        return at;
     }
     answer.rows.push(ScoreRow {
         instance: source.instance.as_str().to_owned(),
@@ -243,7 +243,7 @@ fn row_of(
         matched: SourceMatch { cached_blocks: query.input.tokens().map(|_| 0), ..SourceMatch::default() },
         speculative_blocks: 0,
     });
-    Some(answer.rows.len() - 1)
+    answer.rows.len() - 1
 }
 
 #[cfg(test)]

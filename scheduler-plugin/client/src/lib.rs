@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use kvatlas_proto::grpc::atlas_client::AtlasClient;
 use kvatlas_proto::grpc::{
-    DumpRequest, DumpResponse, ListOwnersRequest, ListOwnersResponse, ReportOutcomeRequest,
-    ReportOutcomeResponse, ScoreRequest, ScoreResponse,
+    DumpRequest, DumpResponse, ListOwnersRequest, ListOwnersResponse, PlanRequest, PlanResponse,
+    ReportOutcomeRequest, ReportOutcomeResponse, ScoreRequest, ScoreResponse, SpeculateRequest,
+    SpeculateResponse,
 };
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -230,6 +231,20 @@ impl Client {
     pub async fn score(&self, request: ScoreRequest) -> Result<ScoreResponse, CallError> {
         let mut atlas = self.atlas.clone();
         let answer = within("Score", &self.endpoint, self.deadline, atlas.score(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Where a prompt would best be served, which blocks move, and why.
+    pub async fn plan(&self, request: PlanRequest) -> Result<PlanResponse, CallError> {
+        let mut atlas = self.atlas.clone();
+        let answer = within("Plan", &self.endpoint, self.deadline, atlas.plan(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    /// Makes the blocks of a request that was just routed visible at once.
+    pub async fn speculate(&self, request: SpeculateRequest) -> Result<SpeculateResponse, CallError> {
+        let mut atlas = self.atlas.clone();
+        let answer = within("Speculate", &self.endpoint, self.deadline, atlas.speculate(request)).await?;
         Ok(answer.into_inner())
     }
 
