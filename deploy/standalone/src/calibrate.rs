@@ -56,7 +56,8 @@ pub fn profiles(files: &[PathBuf]) -> Result<Profiles, Failure> {
     for path in files {
         let text = read(path)?;
         let extended = profiles.extend(&path.display().to_string(), &text);
-        extended.map_err(|error| Failure::usage(error.to_string()))?;
+        // Whoever reads logs wants one line.
+        extended.map_err(|error| Failure::usage(error.to_string().trim().replace('\n', " ")))?;
     }
     Ok(profiles)
 }

@@ -374,5 +374,9 @@ fn a_profile_is_fitted_from_measured_times_and_can_be_used_as_it_is_printed() {
     assert!(plan["profile"].as_str().unwrap().contains("our h100"), "{plan}");
     assert_eq!(server.terminate(), Some(0));
     refuses(&["calibrate"], 2, "--csv");
-    refuses(&["serve", "--cost-profiles", &csv, "--grpc-listen", "127.0.0.1:0"], 2, "rows.csv");
+    refuses(
+        &["serve", "--cost-profiles", &csv, "--engine", ENGINE, "--grpc-listen", "127.0.0.1:0"],
+        2,
+        "rows.csv",
+    );
 }
