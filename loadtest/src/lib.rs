@@ -25,6 +25,7 @@
 //! Only [`sockets`], [`player`], [`publisher`], [`record`], [`check`], [`demo`] [`cluster`] and parts of [`recovery`] know tokio; everything else is a function of
 //! its arguments (and of the files it is told to read).
 
+pub mod bench_plan;
 pub mod bench_shim;
 pub mod check;
 pub mod cluster;

@@ -8,6 +8,7 @@ use kvatlas_loadtest::bench_shim::{SEQUENCE_BLOCKS, ShimBench, ShimBenchError};
 use serde::Serialize;
 
 mod cluster;
+mod plan;
 mod recovery;
 
 use crate::failure::Failure;
@@ -34,6 +35,8 @@ enum Part {
     Shim(ShimArgs),
     /// Restarts and losses with real parts: seconds until the map is exact again, and whether an answer was ever wrong.
     Recovery(recovery::RecoveryArgs),
+    /// A plan for a large fleet: who prefills, who decodes, which blocks move. On one thread.
+    Plan(plan::PlanArgs),
     /// Many servers as one index: faults, equal answers, another number of servers, with real processes.
     Cluster(cluster::ClusterArgs),
 }
@@ -77,6 +80,7 @@ pub async fn run(args: BenchArgs) -> Result<ExitCode, Failure> {
     match &args.part {
         Part::Shim(args) => shim(args).map_err(Failure::run),
         Part::Recovery(args) => recovery::run(args).await,
+        Part::Plan(args) => plan::run(args),
         Part::Cluster(args) => cluster::run(args).await,
     }
 }
