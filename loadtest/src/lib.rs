@@ -39,6 +39,7 @@ pub mod record;
 pub mod recovery;
 pub mod redact;
 pub mod replay;
+pub mod routing;
 pub mod scale;
 pub mod sim;
 pub mod sockets;
