@@ -67,7 +67,9 @@ pub enum FitError {
     #[error("row {0} is not a measurement: prompt and time must be above 0, cached tokens 0 to the prompt's")]
     Row(usize),
     /// All rows have the same size.
-    #[error("all rows have the same prompt and cached length: measure several lengths, best from 128 tokens to the longest")]
+    #[error(
+        "all rows have the same prompt and cached length: measure several lengths, best from 128 tokens to the longest"
+    )]
     OneSize,
 }
 
@@ -141,10 +143,11 @@ pub fn judge(cost: PrefillCost, rows: &[Row]) -> Fit {
         sum += error.abs();
         max_error = max_error.max(error.abs());
         let from_tokens = 1_u64 << (row.prompt_tokens.max(1.0) as u64).ilog2();
-        let at = buckets.binary_search_by_key(&from_tokens, |bucket| bucket.from_tokens).unwrap_or_else(|at| {
-            buckets.insert(at, Bucket { from_tokens, rows: 0, mape: 0.0, bias: 0.0 });
-            at
-        });
+        let at =
+            buckets.binary_search_by_key(&from_tokens, |bucket| bucket.from_tokens).unwrap_or_else(|at| {
+                buckets.insert(at, Bucket { from_tokens, rows: 0, mape: 0.0, bias: 0.0 });
+                at
+            });
         buckets[at].rows += 1;
         buckets[at].mape += error.abs();
         buckets[at].bias += error;

@@ -3,7 +3,7 @@
 //! ```text
 //! TTFT      = T_start + T_prefill + T_hand + T_admit + one decode step if the prompt was handed off
 //! T_start   = max(T_queue, T_fetch) where the engine loads for queued requests, else their sum
-//! T_fetch   = max(sum of the loads from p's own tiers, sum of the loads over the network)
+//! T_fetch   = max(sum of the loads from p's own tiers, sum of the loads over the network), or the sum of all
 //! T_prefill = (c0 + c1 m + c2 ((h + m)^2 - h^2)) * (1 + gamma * decode share)
 //! T_hand    = alpha + max(t / L, t - T_prefill (L - 1) / L),  t = bytes the decoder lacks / bandwidth, L layers
 //! ```
@@ -131,7 +131,13 @@ pub fn step_ms(cost: &DecodeCost, running_requests: u32) -> f64 {
 ///
 /// Space comes back as running requests end: within `output_tokens` steps all that run now have ended, so a deficit
 /// waits its share of that.
-pub fn admit_ms(need_tokens: f64, kv_usage: f64, capacity_tokens: Option<u64>, drain_ms: f64, step_ms: f64) -> f64 {
+pub fn admit_ms(
+    need_tokens: f64,
+    kv_usage: f64,
+    capacity_tokens: Option<u64>,
+    drain_ms: f64,
+    step_ms: f64,
+) -> f64 {
     let Some(capacity) = capacity_tokens.map(|tokens| tokens as f64).filter(|&tokens| tokens > 0.0) else {
         return step_ms / 2.0;
     };

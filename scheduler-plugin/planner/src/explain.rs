@@ -42,7 +42,9 @@ pub(crate) fn plan(query: &PlanQuery<'_>, scratch: &Scratch, best: &Pair, second
 /// The terms of a pair with what they were computed from.
 pub(crate) fn terms(query: &PlanQuery<'_>, pair: &Pair, segments: &[Segment]) -> Vec<Term> {
     let explained = TERMS.iter().zip(pair.terms());
-    explained.map(|(&name, ms)| Term { name, ms, explanation: explanation(query, pair, segments, name) }).collect()
+    explained
+        .map(|(&name, ms)| Term { name, ms, explanation: explanation(query, pair, segments, name) })
+        .collect()
 }
 
 fn explanation(query: &PlanQuery<'_>, pair: &Pair, segments: &[Segment], term: &str) -> String {
@@ -55,7 +57,10 @@ fn explanation(query: &PlanQuery<'_>, pair: &Pair, segments: &[Segment], term: &
             format!("{requests} requests with {tokens} tokens wait for prefill there.")
         }
         "queue" if stop.queue_ms > 0.0 => {
-            format!("Nothing is known to wait; it prefills {:.0} % of the time.", load.prefill_utilisation * 1e2)
+            format!(
+                "Nothing is known to wait; it prefills {:.0} % of the time.",
+                load.prefill_utilisation * 1e2
+            )
         }
         "queue" => "Nothing waits for prefill there.".to_owned(),
         "fetch" if stop.fetch_ms > 0.0 => {
@@ -102,7 +107,11 @@ fn chosen(query: &PlanQuery<'_>, index: usize) -> Chosen {
 fn source_name(query: &PlanQuery<'_>, source: u32) -> String {
     let count = query.candidates.len();
     let at = source as usize;
-    if at < count { query.candidates[at].instance.to_string() } else { query.pools[at - count].name.to_owned() }
+    if at < count {
+        query.candidates[at].instance.to_string()
+    } else {
+        query.pools[at - count].name.to_owned()
+    }
 }
 
 /// The stretches of a pair's stop, neighbours from one place as one, and what is computed.
@@ -182,7 +191,8 @@ fn headers(
     segments: &[Segment],
     assumptions: &mut Vec<String>,
 ) -> Vec<(&'static str, String)> {
-    let address = |candidate: &Candidate<'_>| candidate.rank_address.unwrap_or(candidate.instance.as_str()).to_owned();
+    let address =
+        |candidate: &Candidate<'_>| candidate.rank_address.unwrap_or(candidate.instance.as_str()).to_owned();
     let decoder = &query.candidates[pair.decode];
     let mut headers = Vec::new();
     if pair.prefill != pair.decode {
@@ -223,8 +233,11 @@ fn assume(query: &PlanQuery<'_>, pair: &Pair, assumptions: &mut Vec<String>) {
             query.candidates.len()
         ));
     }
-    if query.candidates[pair.decode].load.kv_usage > 0.0 && query.engine(pair.decode).kv_capacity_tokens.is_none() {
-        assumptions.push("kv_capacity_tokens is not configured: no wait for KV space is expected.".to_owned());
+    if query.candidates[pair.decode].load.kv_usage > 0.0
+        && query.engine(pair.decode).kv_capacity_tokens.is_none()
+    {
+        assumptions
+            .push("kv_capacity_tokens is not configured: no wait for KV space is expected.".to_owned());
     }
 }
 

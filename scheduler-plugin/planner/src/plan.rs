@@ -40,7 +40,7 @@ pub struct Plan {
     pub profile: String,
     /// What was assumed because nobody configured it, one sentence each.
     pub assumptions: Vec<String>,
-    /// Possibilities that were not followed because of a bound. 0 in practice.
+    /// Partial plans that were not followed because of a bound; 0 where loads run one after another.
     pub dropped: u64,
 }
 
@@ -141,6 +141,8 @@ pub struct Scratch {
     pub(crate) sources: Sources,
     pub(crate) walks: Walks,
     decoders: Vec<Decoder>,
+    /// Prefill instances with the least they cost.
+    order: Vec<(f64, usize)>,
 }
 
 /// What a decode instance adds to a plan, whoever prefills.
@@ -165,6 +167,13 @@ struct Prefiller<'a> {
     least_hidden: f64,
 }
 
+/// The two best pairs so far.
+#[derive(Default)]
+struct Top {
+    best: Option<Pair>,
+    second: Option<Pair>,
+}
+
 /// A pair with its best stop.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pair {
@@ -184,7 +193,6 @@ pub(crate) struct Pair {
 /// The best plan for the question.
 pub fn plan(query: &PlanQuery<'_>, scratch: &mut Scratch) -> Result<Plan, PlanError> {
     query.check()?;
-    scratch.prepare(query);
     let (best, second) = scratch.best_pairs(query);
     let best = best.ok_or(PlanError::NoPair)?;
     Ok(explain::plan(query, scratch, &best, second.as_ref()))
@@ -193,65 +201,84 @@ pub fn plan(query: &PlanQuery<'_>, scratch: &mut Scratch) -> Result<Plan, PlanEr
 // === impl Scratch ===
 
 impl Scratch {
-    /// Groups the sources and walks for everybody who prefills.
-    fn prepare(&mut self, query: &PlanQuery<'_>) {
-        self.sources.prepare(query);
-        self.walks.clear();
-        for (index, candidate) in query.candidates.iter().enumerate() {
-            if candidate.role.prefills() {
-                self.walks.walk(query, &self.sources, index, true);
-            } else {
-                self.walks.skip();
-            }
-        }
-    }
-
+    /// The best pair and the best other one.
+    ///
+    /// Both sides are taken in the order of what they cost at least, so most that cannot be among the two best are never
+    /// walked for or paired.
     fn best_pairs(&mut self, query: &PlanQuery<'_>) -> (Option<Pair>, Option<Pair>) {
-        let decoders = (0..query.candidates.len()).filter(|&at| query.candidates[at].role.decodes());
-        self.decoders.clear();
-        self.decoders.extend(decoders.map(|at| Decoder::new(query, &self.sources, at)));
-        let (mut best, mut second): (Option<Pair>, Option<Pair>) = (None, None);
-        for prefill in 0..query.candidates.len() {
-            let stops = self.walks.stops(prefill);
-            if stops.is_empty() {
-                continue;
+        let Self { sources, walks, decoders, order } = self;
+        sources.prepare(query);
+        walks.clear();
+        let each = 0..query.candidates.len();
+        decoders.clear();
+        let decoding = each.clone().filter(|&at| query.candidates[at].role.decodes());
+        decoders.extend(decoding.map(|at| Decoder::new(query, sources, at)));
+        decoders.sort_unstable_by(|a, b| a.paired_ms().total_cmp(&b.paired_ms()).then(a.index.cmp(&b.index)));
+        let least_decode_ms = decoders.iter().map(Decoder::alone_ms).fold(f64::INFINITY, f64::min);
+        order.clear();
+        let prefilling = each.filter(|&at| query.candidates[at].role.prefills());
+        order.extend(prefilling.map(|at| (Puller::new(query, sources, at).at_least_ms(), at)));
+        order.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let mut top = Top::default();
+        for (walk, &(least_ms, index)) in order.iter().enumerate() {
+            if least_ms + least_decode_ms >= top.bound_ms() {
+                break;
             }
-            let least = |price: fn(&Stop) -> f64| stops.iter().map(price).fold(f64::INFINITY, f64::min);
-            let side = Prefiller {
-                puller: Puller::new(query, &self.sources, prefill),
-                stops,
-                spans: self.walks.spans(prefill),
-                least_whole: least(|stop| stop.whole),
-                least_hidden: least(|stop| stop.hidden),
-            };
-            let hands_off = side.puller.engine.hands_off;
-            for decoder in &self.decoders {
-                if decoder.index as usize != prefill && !hands_off {
-                    continue;
+            walks.walk(query, sources, index, true);
+            let side = Prefiller::new(Puller::new(query, sources, index), walks, walk);
+            if query.candidates[index].role.decodes() {
+                top.offer(Decoder::new(query, sources, index).alone(&side));
+            }
+            let others = decoders.iter().filter(|decoder| decoder.index as usize != index);
+            for decoder in others.take_while(|_| side.puller.engine.hands_off) {
+                if side.least_whole + decoder.paired_ms() >= top.bound_ms() {
+                    break;
                 }
-                let bound = second.as_ref().map_or(f64::INFINITY, |pair| pair.objective_ms);
-                let Some(pair) = decoder.pair(&side, bound) else { continue };
-                if best.as_ref().is_none_or(|best| pair.objective_ms < best.objective_ms) {
-                    second = best.replace(pair);
-                } else {
-                    second = Some(pair);
+                if let Some(pair) = decoder.pair(&side, top.bound_ms()) {
+                    top.offer(pair);
                 }
             }
         }
-        (best, second)
+        (top.best, top.second)
     }
 
-    /// The candidate alone, for prefill and decode, whatever its role; `None` if it was not walked for.
-    pub(crate) fn alone(&self, query: &PlanQuery<'_>, index: usize) -> Option<Pair> {
+    /// The candidate alone, for prefill and decode, whatever its role; every candidate was walked for, in order.
+    pub(crate) fn alone(&self, query: &PlanQuery<'_>, index: usize) -> Pair {
         let decoder = Decoder::new(query, &self.sources, index);
-        let side = Prefiller {
-            puller: Puller::new(query, &self.sources, index),
-            stops: self.walks.stops(index),
-            spans: self.walks.spans(index),
-            least_whole: 0.0,
-            least_hidden: 0.0,
-        };
-        decoder.pair(&side, f64::INFINITY)
+        decoder.alone(&Prefiller::new(Puller::new(query, &self.sources, index), &self.walks, index))
+    }
+}
+
+// === impl Prefiller ===
+
+impl<'a> Prefiller<'a> {
+    fn new(puller: Puller<'a>, walks: &'a Walks, walk: usize) -> Self {
+        let stops = walks.stops(walk);
+        let least = |price: fn(&Stop) -> f64| stops.iter().map(price).fold(f64::INFINITY, f64::min);
+        Self {
+            puller,
+            stops,
+            spans: walks.spans(walk),
+            least_whole: least(|stop| stop.whole),
+            least_hidden: least(|stop| stop.hidden),
+        }
+    }
+}
+
+// === impl Top ===
+
+impl Top {
+    /// What another pair must cost less than.
+    fn bound_ms(&self) -> f64 {
+        self.second.as_ref().map_or(f64::INFINITY, |pair| pair.objective_ms)
+    }
+
+    fn offer(&mut self, pair: Pair) {
+        if self.best.as_ref().is_none_or(|best| pair.objective_ms < best.objective_ms) {
+            self.second = self.best.replace(pair);
+        } else if pair.objective_ms < self.bound_ms() {
+            self.second = Some(pair);
+        }
     }
 }
 
@@ -289,32 +316,43 @@ impl Decoder {
         }
     }
 
-    /// This decoder with that prefill instance, at its best stop; `None` if nothing gets through or it costs `bound`.
+    /// What it adds to its own prefill.
+    fn alone_ms(&self) -> f64 {
+        self.admit_ms + self.later_ms
+    }
+
+    /// What it adds to any other instance's prefill at least.
+    fn paired_ms(&self) -> f64 {
+        self.alone_ms() + self.step_ms
+    }
+
+    /// This instance for prefill too; it has a stop.
+    fn alone(&self, side: &Prefiller<'_>) -> Pair {
+        let best = side.stops.iter().min_by(|a, b| a.whole.total_cmp(&b.whole));
+        let stop = *best.expect("computing everything is always a stop");
+        Pair {
+            prefill: self.index as usize,
+            decode: self.index as usize,
+            stop,
+            objective_ms: stop.whole + self.alone_ms(),
+            transfer_ms: 0.0,
+            hand_ms: 0.0,
+            missing_bytes: 0.0,
+            held_blocks: self.held_blocks,
+            admit_ms: self.admit_ms,
+            step_ms: 0.0,
+        }
+    }
+
+    /// This decoder with another instance's prefill, at its best stop; `None` if nothing gets through or it costs
+    /// `bound`.
     fn pair(&self, side: &Prefiller<'_>, bound: f64) -> Option<Pair> {
         let puller = &side.puller;
         let (query, layers) = (puller.query, puller.layers);
-        let local = puller.index == self.index;
-        let fixed = self.admit_ms + self.later_ms;
-        if local {
-            let best = side.stops.iter().min_by(|a, b| a.whole.total_cmp(&b.whole))?;
-            let objective_ms = best.whole + fixed;
-            return (objective_ms < bound).then_some(Pair {
-                prefill: puller.index as usize,
-                decode: puller.index as usize,
-                stop: *best,
-                objective_ms,
-                transfer_ms: 0.0,
-                hand_ms: 0.0,
-                missing_bytes: 0.0,
-                held_blocks: self.held_blocks,
-                admit_ms: self.admit_ms,
-                step_ms: 0.0,
-            });
-        }
         let path = path(query, puller.sources, puller.index, self.index);
         let transfer_ms = cost::moving_ms(self.missing_bytes, path.gb_per_s);
         let scarce = if path.scarce { query.objective.nu_ms_per_gb * self.missing_bytes / 1e9 } else { 0.0 };
-        let fixed = fixed + path.alpha_ms + scarce + self.step_ms;
+        let fixed = self.paired_ms() + path.alpha_ms + scarce;
         // Where the prefill hides the transfer, the last layer's share shows; else all but the earlier layers' time.
         let price = |whole: f64, hidden: f64| (whole + transfer_ms / layers).max(hidden + transfer_ms);
         if !transfer_ms.is_finite() || price(side.least_whole, side.least_hidden) + fixed >= bound {

@@ -149,6 +149,10 @@ pub struct EngineProfile {
     /// Whether it loads blocks for a request that is still queued.
     #[serde(default = "yes")]
     pub loads_while_queued: bool,
+    /// Whether loads from its own tiers and loads over the network run side by side, or all one after another. Sources are
+    /// chosen alike; the time of the fetch is the longer of the two kinds, or their sum.
+    #[serde(default = "yes")]
+    pub loads_side_by_side: bool,
     /// Whether a hand-off moves each layer as it is done, beside the next one's computation.
     #[serde(default = "yes")]
     pub layer_wise: bool,

@@ -11,9 +11,9 @@ use crate::topology::LinkClass;
 /// No source, no node.
 pub(crate) const NONE: u32 = u32::MAX;
 /// The lane of what the instance loads from its own tiers: it all goes through its host.
-const OWN: usize = 0;
+pub(crate) const OWN: usize = 0;
 /// The lane of what comes over the network: it all goes through its port.
-const NETWORK: usize = 1;
+pub(crate) const NETWORK: usize = 1;
 
 /// What lies between a source and an instance, others' transfers considered.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +87,8 @@ pub(crate) enum Whose {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Offer {
     pub(crate) piece: Piece,
+    pub(crate) network: bool,
+    /// The lane that is busy with it.
     pub(crate) lane: usize,
     pub(crate) alpha_ms: f64,
     pub(crate) gb_per_s: f64,
@@ -112,6 +114,12 @@ pub(crate) struct Puller<'a> {
     pub(crate) own_alpha_ms: [f64; TIERS],
 }
 
+/// What an instance's transfers over a class of link share: its port, or, within a machine, the direct link if that is
+/// more. So nobody is slower to a near place than to a far one, which the grouping of sources relies on.
+pub(crate) fn outlet_gb_per_s(class: LinkClass, path_gb_per_s: f64, port_gb_per_s: f64) -> f64 {
+    if class.uses_port() { port_gb_per_s } else { path_gb_per_s.max(port_gb_per_s) }
+}
+
 /// What lies between `from` (a candidate or a pool) and the candidate `to`.
 pub(crate) fn path(query: &PlanQuery<'_>, sources: &Sources, from: u32, to: u32) -> Path {
     let count = query.candidates.len() as u32;
@@ -129,7 +137,7 @@ pub(crate) fn path(query: &PlanQuery<'_>, sources: &Sources, from: u32, to: u32)
         let gb_per_s = cost::shared_gb_per_s(gb_per_s, transfers);
         return Path { class, alpha_ms, gb_per_s, scarce: link.scarce };
     }
-    let port = |at: u32| if class.uses_port() { query.engine(at as usize).port_gb_per_s } else { link.gb_per_s };
+    let port = |at: u32| outlet_gb_per_s(class, link.gb_per_s, query.engine(at as usize).port_gb_per_s);
     let sending = if from < count { cost::shared_gb_per_s(port(from), transfers_out) } else { f64::INFINITY };
     let receiving = cost::shared_gb_per_s(port(to), receiver.load.transfers_in);
     let gb_per_s = link.gb_per_s.min(sending).min(receiving);
@@ -137,7 +145,9 @@ pub(crate) fn path(query: &PlanQuery<'_>, sources: &Sources, from: u32, to: u32)
 }
 
 fn alpha_ms(query: &PlanQuery<'_>, tier: usize) -> f64 {
-    Tier::from_index(tier as u8).and_then(|tier| query.costs.tiers.of(tier)).map_or(0.0, |speed| speed.alpha_ms)
+    Tier::from_index(tier as u8)
+        .and_then(|tier| query.costs.tiers.of(tier))
+        .map_or(0.0, |speed| speed.alpha_ms)
 }
 
 /// Steps in which the candidate hands a prompt off: its layers, or one.
@@ -179,22 +189,31 @@ impl Default for Partial {
 }
 
 impl Partial {
-    pub(crate) fn fetch_ms(&self) -> f64 {
-        self.lanes.iter().copied().fold(0.0, f64::max)
+    /// All loads one after another.
+    pub(crate) fn loads_ms(&self) -> f64 {
+        self.lanes[OWN] + self.lanes[NETWORK]
     }
 
-    /// Whether no continuation of the other can be cheaper than the same continuation of this one.
-    pub(crate) fn beats(&self, other: &Self, own_alpha_ms: &[f64; TIERS]) -> bool {
+    fn fetch_ms(&self, side_by_side: bool) -> f64 {
+        if side_by_side { self.lanes[OWN].max(self.lanes[NETWORK]) } else { self.loads_ms() }
+    }
+
+    /// Whether no continuation of the other can be cheaper than the same continuation of this one, loads in sum.
+    pub(crate) fn beats(&self, other: &Self, puller: &Puller<'_>) -> bool {
         // A tier that only the other has used is started there, and would have to be here.
         let starts = (0..TIERS).filter(|&tier| other.used[tier] && !self.used[tier]);
-        let own = self.lanes[OWN] + starts.map(|tier| own_alpha_ms[tier]).sum::<f64>() <= other.lanes[OWN];
+        let own_start: f64 = starts.map(|tier| puller.own_alpha_ms[tier]).sum();
         // Whoever sends for the other goes on without starting anew; here it would have to start.
         let same = self.sender == other.sender || other.sender.0 == NONE;
         let start = if same { 0.0 } else { other.sender_alpha_ms };
-        let network = self.lanes[NETWORK] + start <= other.lanes[NETWORK];
+        let sooner = self.loads_ms() + own_start + start <= other.loads_ms();
         let certain = self.valid == 1.0 && other.valid == 1.0;
         let alike = self.used == other.used && self.sender == other.sender && self.valid >= other.valid;
-        own && network && self.moved >= other.moved && (certain || alike) && self.missed_ms <= other.missed_ms && self.extra_ms <= other.extra_ms
+        sooner
+            && self.moved >= other.moved
+            && (certain || alike)
+            && self.missed_ms <= other.missed_ms
+            && self.extra_ms <= other.extra_ms
     }
 }
 
@@ -203,8 +222,8 @@ impl Partial {
 impl Offer {
     /// Whether no plan is better with the other than with this one: both come over the network.
     pub(crate) fn beats(&self, other: &Self) -> bool {
-        self.lane == NETWORK
-            && other.lane == NETWORK
+        self.network
+            && other.network
             && self.alpha_ms <= other.alpha_ms
             && self.gb_per_s >= other.gb_per_s
             && self.piece.end >= other.piece.end
@@ -233,13 +252,30 @@ impl<'a> Puller<'a> {
             own_alpha_ms: std::array::from_fn(|tier| if tier == 0 { 0.0 } else { alpha_ms(query, tier) }),
         }
     }
-    /// The piece as an offer, unless it is among the others, cannot be read, or is the instance's own as if it were a peer's.
-    pub(crate) fn offer_if_new(&self, piece: Piece, whose: Whose, others: &[Offer]) -> Option<Offer> {
+
+    /// Adds the piece to the offers, unless it is among them, cannot be read, or is the instance's own as if it were a
+    /// peer's. Network loads add up, so an offer that is worse in every way never helps; except whoever sends already,
+    /// which need not start anew. Says whether it was added.
+    pub(crate) fn add_offer(
+        &self,
+        piece: Piece,
+        whose: Whose,
+        plans: &[Partial],
+        offers: &mut Vec<Offer>,
+    ) -> bool {
         let known = |o: &Offer| o.piece.source == piece.source && o.piece.tier == piece.tier;
-        if (whose == Whose::Peer && piece.source == self.index) || others.iter().any(known) {
-            return None;
+        if (whose == Whose::Peer && piece.source == self.index) || offers.iter().any(known) {
+            return false;
         }
-        Some(self.offer(piece, whose)).filter(|offer| offer.gb_per_s > 0.0)
+        let offer = self.offer(piece, whose);
+        let sends = |o: &Offer| plans.iter().any(|plan| plan.sender == (o.piece.source, o.piece.tier));
+        let beaten = offers.iter().any(|known| known.beats(&offer)) && !sends(&offer);
+        if beaten || offer.gb_per_s <= 0.0 {
+            return false;
+        }
+        offers.retain(|known| !offer.beats(known) || sends(known));
+        offers.push(offer);
+        true
     }
 
     fn offer(&self, piece: Piece, whose: Whose) -> Offer {
@@ -252,6 +288,7 @@ impl<'a> Puller<'a> {
             let gb_per_s = if tier == Tier::Gpu { f64::INFINITY } else { read.gb_per_s };
             return Offer {
                 piece,
+                network: false,
                 lane: OWN,
                 alpha_ms: read.alpha_ms,
                 gb_per_s,
@@ -272,6 +309,7 @@ impl<'a> Puller<'a> {
         };
         Offer {
             piece,
+            network: true,
             lane: NETWORK,
             alpha_ms: read_alpha_ms + path.alpha_ms,
             gb_per_s: path.gb_per_s.min(read_gb_per_s),
@@ -294,7 +332,7 @@ impl<'a> Puller<'a> {
     pub(crate) fn take(&self, plan: &Partial, offer: &Offer, from: u32, to: u32) -> Option<(Partial, f64)> {
         let mut longer = *plan;
         let tier = usize::from(offer.piece.tier);
-        let network = offer.lane == NETWORK;
+        let network = offer.network;
         let sender = (offer.piece.source, offer.piece.tier);
         let goes_on = if network { plan.sender == sender } else { plan.used[tier] };
         let bytes = self.bytes(plan, offer, from, to);
@@ -314,8 +352,11 @@ impl<'a> Puller<'a> {
         }
         if !goes_on && offer.valid < 1.0 {
             longer.valid *= offer.valid;
-            let without = cost::start_ms(self.queue_ms, plan.fetch_ms(), self.engine.loads_while_queued)
-                + self.prefill_from(from);
+            let without = cost::start_ms(
+                self.queue_ms,
+                plan.fetch_ms(self.engine.loads_side_by_side),
+                self.engine.loads_while_queued,
+            ) + self.prefill_from(from);
             longer.missed_ms += (plan.valid - longer.valid) * (without + offer.detect_ms);
         }
         longer.extra_ms += self.scarce_ms(offer, bytes);
@@ -342,6 +383,18 @@ impl<'a> Puller<'a> {
         within.then(|| (tokens / f64::from(self.query.block_tokens)) as u32)
     }
 
+    /// What prefilling here costs at least: all blocks that may be cached for nothing, as soon as the queue is done.
+    pub(crate) fn at_least_ms(&self) -> f64 {
+        let prefill_ms = self.prefill_from(self.cap);
+        self.queue_ms + prefill_ms + self.gpu_ms(prefill_ms)
+    }
+
+    /// What this much computing is worth besides its time.
+    fn gpu_ms(&self, prefill_ms: f64) -> f64 {
+        let gpu_s = prefill_ms / 1e3 * f64::from(self.engine.tensor_parallel);
+        self.query.objective.lambda_ms_per_gpu_s * gpu_s
+    }
+
     fn scarce_ms(&self, offer: &Offer, bytes: f64) -> f64 {
         if offer.scarce { self.query.objective.nu_ms_per_gb * bytes / 1e9 } else { 0.0 }
     }
@@ -353,13 +406,12 @@ impl<'a> Puller<'a> {
     }
 
     pub(crate) fn stop(&self, plan: &Partial, block: u32) -> Stop {
-        let fetch_ms = plan.fetch_ms();
+        let fetch_ms = plan.fetch_ms(self.engine.loads_side_by_side);
         let start_ms = cost::start_ms(self.queue_ms, fetch_ms, self.engine.loads_while_queued);
         let prefill_ms = self.prefill_from(block);
         let both = start_ms + prefill_ms;
         let stale_ms = plan.missed_ms + plan.valid * both - both;
-        let gpu_s = prefill_ms / 1e3 * f64::from(self.engine.tensor_parallel);
-        let besides = stale_ms + plan.extra_ms + self.query.objective.lambda_ms_per_gpu_s * gpu_s;
+        let besides = stale_ms + plan.extra_ms + self.gpu_ms(prefill_ms);
         Stop {
             whole: both + besides,
             hidden: start_ms + prefill_ms / self.layers + besides,

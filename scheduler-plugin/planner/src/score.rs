@@ -73,18 +73,28 @@ struct Leading {
 }
 
 /// Values every candidate, in the order of the question.
-pub fn score(query: &PlanQuery<'_>, preset: &Preset, scratch: &mut Scratch) -> Result<Vec<Scored>, QueryError> {
+pub fn score(
+    query: &PlanQuery<'_>,
+    preset: &Preset,
+    scratch: &mut Scratch,
+) -> Result<Vec<Scored>, QueryError> {
     query.check()?;
     let each = 0..query.candidates.len();
     let all_blocks = f64::from((query.prompt_tokens / query.block_tokens).max(1));
-    let share = |index: usize, value: f64| Scored { index, value, cost: None, terms: Vec::new(), disaggregates: None };
+    let share = |index: usize, value: f64| Scored {
+        index,
+        value,
+        cost: None,
+        terms: Vec::new(),
+        disaggregates: None,
+    };
     Ok(match *preset {
         Preset::Overlap => {
             each.map(|at| share(at, f64::from(leading(query, at, &[0.0; 4]).blocks) / all_blocks)).collect()
         }
-        Preset::Weighted(weights) => {
-            each.map(|at| share(at, (leading(query, at, &weights).worth / all_blocks).clamp(0.0, 1.0))).collect()
-        }
+        Preset::Weighted(weights) => each
+            .map(|at| share(at, (leading(query, at, &weights).worth / all_blocks).clamp(0.0, 1.0)))
+            .collect(),
         Preset::LlmdPrefixDecider { non_cached_tokens } => each
             .map(|at| {
                 let blocks = leading(query, at, &[0.0; 4]).blocks;
@@ -136,7 +146,7 @@ fn expected_times(query: &PlanQuery<'_>, pulls: bool, scratch: &mut Scratch) -> 
     scratch.prepare_all(query, pulls);
     (0..query.candidates.len())
         .map(|at| {
-            let pair = scratch.alone(query, at).expect("computing everything is always a stop");
+            let pair = scratch.alone(query, at);
             let segments = explain::segments(query, scratch, &pair);
             (pair.ttft_ms(), explain::terms(query, &pair, &segments))
         })
@@ -175,7 +185,9 @@ fn dynamo_cost(query: &PlanQuery<'_>, at: usize, overlap_blocks: u32, overlap_we
     let prefill_blocks = (new.max(0.0) + load.waiting_prefill_tokens as f64) / block;
     let capacity = query.engine(at).kv_capacity_tokens.unwrap_or(0) as f64;
     let active_blocks = load.kv_usage * capacity / block;
-    overlap_weight * prefill_blocks + active_blocks + f64::from(query.prompt_tokens.div_ceil(query.block_tokens))
+    overlap_weight * prefill_blocks
+        + active_blocks
+        + f64::from(query.prompt_tokens.div_ceil(query.block_tokens))
 }
 
 /// Walks over the candidate's interval ends; `weights` by tier.
@@ -184,10 +196,12 @@ fn leading(query: &PlanQuery<'_>, at: usize, weights: &[f64; 4]) -> Leading {
     let all = query.prompt_tokens / query.block_tokens;
     let (mut block, mut worth) = (0, 0.0);
     while block < all {
-        let here = held.iter().filter(|h| h.tier != Tier::Unknown && h.first_block <= block && block < h.end_block);
+        let here =
+            held.iter().filter(|h| h.tier != Tier::Unknown && h.first_block <= block && block < h.end_block);
         let Some(fastest) = here.min_by_key(|h| (h.tier, std::cmp::Reverse(h.end_block))) else { break };
         // A faster tier may begin before this one ends.
-        let faster = held.iter().filter(|h| h.tier < fastest.tier && h.first_block > block).map(|h| h.first_block);
+        let faster =
+            held.iter().filter(|h| h.tier < fastest.tier && h.first_block > block).map(|h| h.first_block);
         let end = faster.fold(fastest.end_block.min(all), u32::min);
         worth += f64::from(end - block) * weights[fastest.tier as usize];
         block = end;

@@ -13,6 +13,7 @@ use std::collections::BinaryHeap;
 use kvatlas_proto::Tier;
 
 use crate::cost::shared_gb_per_s;
+use crate::puller::outlet_gb_per_s;
 use crate::query::{Held, PlanQuery};
 use crate::topology::{LinkClass, Location};
 
@@ -189,8 +190,13 @@ impl Sources {
         let of_tier = held.iter().filter(|h| h.tier as u8 == tier && h.tier != Tier::Unknown);
         self.pieces.extend(of_tier.filter_map(|h| {
             let end = h.end_block.min(cap);
-            (h.first_block < end)
-                .then_some(Piece { start: h.first_block, end, source, tier, age_ms: h.age_ms })
+            (h.first_block < end).then_some(Piece {
+                start: h.first_block,
+                end,
+                source,
+                tier,
+                age_ms: h.age_ms,
+            })
         }));
         self.pieces[from..].sort_unstable_by_key(|piece| (piece.start, piece.end));
         let mut last = from;
@@ -232,7 +238,7 @@ impl Sources {
                     }
                     // Limits that all of the group share are ties, so that the one who reaches farthest is taken.
                     let path = query.costs.links.of(class).gb_per_s;
-                    let sending = shared_gb_per_s(if class.uses_port() { port } else { path }, transfers);
+                    let sending = shared_gb_per_s(outlet_gb_per_s(class, path, port), transfers);
                     let speed = sending.min(path).min(read.gb_per_s);
                     let key = (class as u8, label, tier);
                     let pieces = &self.pieces[own.from as usize..own.to as usize];
@@ -329,7 +335,10 @@ mod tests {
 
     #[test]
     fn of_equals_the_one_who_reaches_farthest_is_taken() {
-        assert_eq!(swept(&[entry(0, 1.0, 0, 10), entry(1, 1.0, 0, 30), entry(2, 1.0, 0, 20)], false), [(0, 30, 1)]);
+        assert_eq!(
+            swept(&[entry(0, 1.0, 0, 10), entry(1, 1.0, 0, 30), entry(2, 1.0, 0, 20)], false),
+            [(0, 30, 1)]
+        );
     }
 
     #[test]

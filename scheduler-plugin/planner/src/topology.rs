@@ -142,8 +142,9 @@ impl Location {
 /// FNV-1a: a label is compared millions of times and printed never. 64 bits of a few thousand labels do not collide in
 /// practice, and if they did a link would be taken for a faster one.
 fn label_hash(label: &str) -> u64 {
-    let hash =
-        label.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = label
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
     hash.max(1)
 }
 

@@ -15,9 +15,11 @@
 //! the hand-off hides the rest. Stops that another beats in both are dropped; at most [`STOPS`] are kept. So a decoder can
 //! be paired with the instance in constant time.
 //!
-//! Loads from own tiers and loads over the network run side by side, each kind one after another. Which blocks come which
-//! way is chosen between interval ends, not within, so the two may end at different times; the first token is then
-//! later than with a finer split.
+//! Sources are chosen as if all loads ran one after another; then the result is exact, but for one thing: an interval
+//! comes from one source, even where a slower one for some of its blocks would hide behind the queue and save scarce
+//! bytes. Where loads from own tiers run beside those over the network, the same choice is priced with the longer of the
+//! two kinds. To choose by that would mean to balance the two, which takes a hundred times as long and needs blocks of
+//! one interval from both.
 //!
 //! What the instance has in its GPU is used in place: nothing can be cheaper, unless the entry is old and may be gone.
 
@@ -27,11 +29,11 @@ use crate::query::PlanQuery;
 use crate::sources::{Piece, Sources, Stretch, TIERS};
 use crate::topology::LinkClass;
 
-/// Partial plans kept per interval end. More sources than that compete for one stretch only if several own tiers and
-/// several classes of peers are about equally fast; the cheapest are kept and the rest counted.
-pub(crate) const BEAM: usize = 16;
+/// Partial plans kept per interval end. There are more only where old entries or scarce links make many differ in more than
+/// their time; the cheapest are kept and the rest counted.
+pub(crate) const BEAM: usize = 32;
 /// Stops kept per instance; beyond it those between the two extremes go, the worst first, and are counted.
-pub(crate) const STOPS: usize = 8;
+pub(crate) const STOPS: usize = 64;
 /// Pieces ahead in a group's list whose holders are offered before their turn. Each costs one more offer per interval; more
 /// would help only where a fourth holder in a row, each slower and reaching farther, is worth it for one start-up time.
 const REACH_AHEAD: u32 = 2;
@@ -115,11 +117,6 @@ impl Walks {
         nodes
     }
 
-    /// Adds a walk that has no stop: an instance that does not prefill.
-    pub(crate) fn skip(&mut self) {
-        self.ranges.push((Stretch::default(), Stretch::default()));
-    }
-
     /// Walks for the candidate `index`; `pulls`: from others too.
     pub(crate) fn walk(&mut self, query: &PlanQuery<'_>, sources: &Sources, index: usize, pulls: bool) {
         let puller = Puller::new(query, sources, index);
@@ -196,44 +193,29 @@ impl Walks {
                 end = end.min(piece.start);
                 continue;
             }
-            end = end.min(piece.end);
-            self.offers.extend(puller.offer_if_new(piece, stream.whose, &self.offers));
-            if self.offers.last().is_some_and(|offer| offer.in_place && offer.valid == 1.0) {
-                return Some(end);
-            }
-            if stream.whose != Whose::Peer {
-                continue;
+            let (plans, offers) = (&self.plans, &mut self.offers);
+            if puller.add_offer(piece, stream.whose, plans, offers) {
+                let added = offers[offers.len() - 1];
+                if added.in_place && added.valid == 1.0 {
+                    return Some(end.min(piece.end));
+                }
             }
             // Whoever is taken later because of its reach has this block too, as a rule: starting with it saves a start.
-            for at_later in stretch.from + 1..stretch.to.min(stretch.from + 1 + REACH_AHEAD) {
+            // Somebody who only begins later is another matter: there the offers change.
+            let after = stretch.from + 1..stretch.to.min(stretch.from + 1 + REACH_AHEAD);
+            for (at_later, is_next) in after.zip(std::iter::once(true).chain(std::iter::repeat(false))) {
                 let later = pieces[at_later as usize];
                 let own = puller.sources.own(later.source, later.tier);
                 let own = &pieces[own.from as usize..own.to as usize];
                 if let Some(&now) = own.iter().find(|piece| piece.start <= at && at < piece.end) {
-                    self.offers.extend(puller.offer_if_new(now, stream.whose, &self.offers));
+                    puller.add_offer(now, stream.whose, plans, offers);
+                } else if is_next {
+                    end = end.min(later.start);
                 }
             }
         }
-        self.drop_beaten_offers();
-        (!self.offers.is_empty()).then_some(end)
-    }
-
-    /// Network loads add up, so an offer that is worse in every way never helps; except whoever sends already, which need
-    /// not start anew.
-    fn drop_beaten_offers(&mut self) {
-        let sends = |o: &Offer| self.plans.iter().any(|plan| plan.sender == (o.piece.source, o.piece.tier));
-        let mut at = 0;
-        while at < self.offers.len() {
-            let offer = self.offers[at];
-            let beats = |(other_at, other): (usize, &Offer)| {
-                other_at != at && other.beats(&offer) && (other_at < at || !offer.beats(other))
-            };
-            if !sends(&offer) && self.offers.iter().enumerate().any(beats) {
-                self.offers.remove(at);
-            } else {
-                at += 1;
-            }
-        }
+        let ends = self.offers.iter().map(|offer| offer.piece.end);
+        ends.min().map(|first| first.min(end))
     }
 
     /// Extends every partial plan by every offer, over the blocks of `reach`.
@@ -257,34 +239,37 @@ impl Walks {
         std::mem::swap(&mut self.plans, &mut self.next);
         if self.plans.len() > BEAM {
             self.plans_dropped += (self.plans.len() - BEAM) as u64;
-            let price = |plan: &Partial| plan.fetch_ms() + plan.extra_ms + plan.missed_ms;
+            let price = |plan: &Partial| plan.loads_ms() + plan.extra_ms + plan.missed_ms;
             self.plans.sort_by(|a, b| price(a).total_cmp(&price(b)));
             self.plans.truncate(BEAM);
         }
     }
 
-    /// Where the load stops to hide behind the queue or the other lanes within this stretch, the last hidden block and
-    /// the one after it are stops.
+    /// Where the load stops to hide behind the queue (or the other kind of load) within this stretch, the last hidden
+    /// block and the one after it are stops.
     fn hidden_stops(&mut self, puller: &Puller<'_>, first: usize, ends_ms: f64, starts_ms: f64) {
         let number = self.spans.len() as u32 - 1;
         let span = self.spans[number as usize];
         let Span { plan, offer, from, to } = &span;
-        let mut behind = plan.lanes[1 - offer.lane];
-        if puller.engine.loads_while_queued {
-            behind = behind.max(puller.queue_ms);
-        }
-        if starts_ms >= behind || ends_ms <= behind {
-            return;
-        }
-        let ends_at = |block| starts_ms + cost::moving_ms(puller.bytes(plan, offer, *from, block), offer.gb_per_s);
-        let (mut hides, mut shows) = (*from, *to);
-        while shows - hides > 1 {
-            let middle = hides + (shows - hides) / 2;
-            if ends_at(middle) <= behind { hides = middle } else { shows = middle }
-        }
-        for block in [hides, shows] {
-            if block > *from && block < *to {
-                self.push_stop(first, puller.stop_within(&span, number, block));
+        let other_ms = plan.lanes[1 - offer.lane];
+        let queue_ms = if puller.engine.loads_while_queued { puller.queue_ms } else { 0.0 };
+        // One after another, or side by side.
+        let behind = [queue_ms - other_ms, queue_ms.max(other_ms)];
+        for behind_ms in &behind[..=usize::from(puller.engine.loads_side_by_side)] {
+            if starts_ms >= *behind_ms || ends_ms <= *behind_ms {
+                continue;
+            }
+            let ends_at =
+                |block| starts_ms + cost::moving_ms(puller.bytes(plan, offer, *from, block), offer.gb_per_s);
+            let (mut hides, mut shows) = (*from, *to);
+            while shows - hides > 1 {
+                let middle = hides + (shows - hides) / 2;
+                if ends_at(middle) <= *behind_ms { hides = middle } else { shows = middle }
+            }
+            for block in [hides, shows] {
+                if block > *from && block < *to {
+                    self.push_stop(first, puller.stop_within(&span, number, block));
+                }
             }
         }
     }
@@ -296,10 +281,10 @@ impl Walks {
     }
 
     fn push_plan(&mut self, puller: &Puller<'_>, plan: Partial) {
-        if self.next.iter().any(|known| known.beats(&plan, &puller.own_alpha_ms)) {
+        if self.next.iter().any(|known| known.beats(&plan, puller)) {
             return;
         }
-        self.next.retain(|known| !plan.beats(known, &puller.own_alpha_ms));
+        self.next.retain(|known| !plan.beats(known, puller));
         self.next.push(plan);
     }
 

@@ -62,7 +62,9 @@ pub fn parse(text: &str) -> Result<Parsed, CsvError> {
     let mut lines = text.trim_start_matches('\u{feff}').lines().enumerate();
     let header = lines.next().map_or("", |(_, line)| line);
     let find = |names: &[&str]| {
-        header.split(',').position(|name| names.contains(&name.trim().trim_matches('"').to_ascii_lowercase().as_str()))
+        header
+            .split(',')
+            .position(|name| names.contains(&name.trim().trim_matches('"').to_ascii_lowercase().as_str()))
     };
     let missing = |names| CsvError::Column { names, header: header.to_owned() };
     let columns = Columns {

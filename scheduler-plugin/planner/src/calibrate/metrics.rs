@@ -47,7 +47,9 @@ pub enum MetricsError {
     #[error("there is no {0}: give the text of a vLLM engine's /metrics, twice")]
     Missing(&'static str),
     /// A counter went down.
-    #[error("{0} went down: the engine restarted between the scrapes, or they are in the wrong order; scrape again")]
+    #[error(
+        "{0} went down: the engine restarted between the scrapes, or they are in the wrong order; scrape again"
+    )]
     Restarted(&'static str),
     /// Too little happened.
     #[error("{0} requests between the scrapes: wait for at least 30")]
@@ -161,7 +163,9 @@ fn buckets(text: &str, name: &str) -> Vec<(f64, f64)> {
     let mut sums: Vec<(f64, f64)> = Vec::new();
     for (labels, value) in samples(text, &format!("{name}_bucket")) {
         let bound = labels.split(',').find_map(|label| label.trim().strip_prefix("le=\"")?.strip_suffix('"'));
-        let Some(bound) = bound.and_then(|bound| bound.trim_start_matches('+').parse::<f64>().ok()) else { continue };
+        let Some(bound) = bound.and_then(|bound| bound.trim_start_matches('+').parse::<f64>().ok()) else {
+            continue;
+        };
         match sums.iter_mut().find(|(known, _)| *known == bound) {
             Some((_, sum)) => *sum += value,
             None => sums.push((bound, value)),

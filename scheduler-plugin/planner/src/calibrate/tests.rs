@@ -45,7 +45,11 @@ fn noise_is_reported_as_error_and_coefficients_stay_near() {
 fn no_coefficient_is_negative() {
     // Faster than linear: an unbounded fit would make c2 negative.
     let rows: Vec<Row> = (1..=10)
-        .map(|i| Row { prompt_tokens: f64::from(i) * 500.0, cached_tokens: 0.0, ttft_ms: f64::from(i).sqrt() * 100.0 })
+        .map(|i| Row {
+            prompt_tokens: f64::from(i) * 500.0,
+            cached_tokens: 0.0,
+            ttft_ms: f64::from(i).sqrt() * 100.0,
+        })
         .collect();
     let cost = fit(&rows).unwrap().cost;
     assert!(cost.c0_ms >= 0.0 && cost.c1_ms_per_token >= 0.0 && cost.c2_ms_per_token2 >= 0.0, "{cost:?}");
@@ -75,7 +79,7 @@ fn what_cannot_be_fitted_is_refused_with_what_to_do() {
 #[test]
 fn columns_are_found_by_name_and_bad_rows_by_line() {
     let mut text = "model,prompt_size,prompt_time\n".to_owned();
-    (1..=30).for_each(|i| text += &format!("m,{},{}\n", i * 100, i * 10));
+    text.extend((1..=30).map(|i| format!("m,{},{}\n", i * 100, i * 10)));
     text += "m,abc,3\n";
     let parsed = csv::parse(&text).unwrap();
     assert_eq!((parsed.rows.len(), parsed.skipped), (30, 1));
@@ -122,6 +126,9 @@ fn a_restart_between_scrapes_is_refused() {
     let base = A100_TP2;
     let restarted = metrics::scale(&scrape(110, true), &scrape(10, true), &base).unwrap_err();
     assert!(matches!(restarted, metrics::MetricsError::Restarted(_)), "{restarted}");
-    assert!(matches!(metrics::scale("", &scrape(10, true), &base), Err(metrics::MetricsError::Requests(10.0))));
+    assert!(matches!(
+        metrics::scale("", &scrape(10, true), &base),
+        Err(metrics::MetricsError::Requests(10.0))
+    ));
     assert!(matches!(metrics::scale("", "", &base), Err(metrics::MetricsError::Missing(_))));
 }

@@ -51,7 +51,9 @@ pub enum ProfileError {
         wide: &'static str,
     },
     /// A model was measured that nobody describes.
-    #[error("{document}: engine {engine:?} was measured with model {model:?}, which has no [[model]]: add it")]
+    #[error(
+        "{document}: engine {engine:?} was measured with model {model:?}, which has no [[model]]: add it"
+    )]
     UnknownModel {
         /// Name of the document.
         document: String,

@@ -73,7 +73,11 @@ impl Profiles {
     }
 
     /// The engine called `name` for this model: for candidates that differ from the question's engine.
-    pub fn engine_for(&self, name: &str, model: &ModelProfile) -> Result<Arc<EngineProfile>, UnknownProfileError> {
+    pub fn engine_for(
+        &self,
+        name: &str,
+        model: &ModelProfile,
+    ) -> Result<Arc<EngineProfile>, UnknownProfileError> {
         let engine = self.engine(name).ok_or_else(|| self.unknown(name))?;
         Ok(self.fit(engine, model).0)
     }
@@ -114,5 +118,8 @@ fn most_specific<'a, T>(
     name: &str,
 ) -> Option<&'a Arc<T>> {
     let best_of = |item: &T| patterns(item).iter().filter_map(|pattern| specificity(pattern, name)).max();
-    all.iter().filter_map(|item| Some((best_of(item)?, item))).max_by_key(|(best, _)| *best).map(|(_, item)| item)
+    all.iter()
+        .filter_map(|item| Some((best_of(item)?, item)))
+        .max_by_key(|(best, _)| *best)
+        .map(|(_, item)| item)
 }

@@ -42,7 +42,10 @@ fn sizes_follow_from_layers_and_heads() {
 fn an_unknown_field_is_refused_with_what_is_allowed() {
     let mut profiles = Profiles::shipped();
     let error = profiles.extend("mine.toml", "[[model]]\nname = 'x'\nlayer = 3").unwrap_err().to_string();
-    assert!(error.contains("mine.toml") && error.contains("`layer`") && error.contains("`layers`"), "{error}");
+    assert!(
+        error.contains("mine.toml") && error.contains("`layer`") && error.contains("`layers`"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use kvatlas_planner::profile::{EngineProfile, LinkSpeed, TierLabel, TierSpeed};
 use kvatlas_planner::{
-    Candidate, CostProfile, Held, LinkOverride, Load, Location, Objective, Plan, PlanQuery, PoolCoverage, Profiles,
-    Role, Scratch, plan,
+    Candidate, CostProfile, Held, LinkOverride, Load, Location, Objective, Plan, PlanQuery, PoolCoverage,
+    Profiles, Role, Scratch, plan,
 };
 use kvatlas_proto::{DpRank, InstanceId, Tier};
 
@@ -52,7 +52,8 @@ pub(crate) fn pod(at: usize, held: Vec<Held>) -> Pod {
 
 /// Llama-2-70B on H100s, every tier of a peer can be pulled from.
 pub(crate) fn costs() -> CostProfile {
-    let mut costs = Profiles::shipped().resolve("meta-llama/Llama-2-70b", Some("llama-2-70b/h100-tp4")).unwrap();
+    let mut costs =
+        Profiles::shipped().resolve("meta-llama/Llama-2-70b", Some("llama-2-70b/h100-tp4")).unwrap();
     let engine = Arc::make_mut(&mut costs.engine);
     engine.peer_tiers = vec![TierLabel::Gpu, TierLabel::Cpu, TierLabel::Ssd, TierLabel::Remote];
     costs
@@ -142,5 +143,8 @@ impl World {
 
 /// First block that is computed.
 pub(crate) fn computed_from(plan: &Plan) -> u32 {
-    plan.segments.last().filter(|segment| segment.source.is_none()).map_or(u32::MAX, |segment| segment.first_block)
+    plan.segments
+        .last()
+        .filter(|segment| segment.source.is_none())
+        .map_or(u32::MAX, |segment| segment.first_block)
 }
