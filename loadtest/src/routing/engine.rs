@@ -106,9 +106,11 @@ pub struct EngineLoad {
     pub waiting_tokens: u64,
     /// How long that takes, ms.
     pub waiting_ms: f64,
+    /// Of them, those whose blocks are still on their way: whatever starts before they come delays them.
+    pub fetching: u32,
     /// Requests that decode.
     pub running: u32,
-    /// Share of the KV cache that requests hold.
+    /// Share of the KV cache that requests hold or wait for; above 1 where it does not suffice.
     pub kv_usage: f64,
 }
 
@@ -209,7 +211,13 @@ impl Engine {
 
     /// Begins to read what own tiers have of a prompt, up to its first block that is neither there, nor on the GPU, nor
     /// among `pulled` (from, to).
-    pub(super) fn stage(&mut self, path: &[u32], prompt_tokens: u32, pulled: &[(u32, u32)], now_us: u64) -> Staged {
+    pub(super) fn stage(
+        &mut self,
+        path: &[u32],
+        prompt_tokens: u32,
+        pulled: &[(u32, u32)],
+        now_us: u64,
+    ) -> Staged {
         let mut bytes = vec![0.0; self.tiers.len()];
         let mut staged = Staged { ranges: Vec::new(), ready_us: now_us };
         for (at, block) in path.iter().take(self.usable_blocks(prompt_tokens)).enumerate() {
@@ -238,7 +246,11 @@ impl Engine {
             self.totals.refused += 1;
             return false;
         }
-        let blocks = self.cached_blocks(&job, job.prompt_tokens, None);
+        // Who waits or runs before this one computes what both begin with.
+        let before = self.waiting.iter().chain(&self.loading).chain(&self.running);
+        let shared = before.map(|seq| common_blocks(&seq.job.path, &job.path)).max().unwrap_or(0);
+        let usable = self.usable_blocks(job.prompt_tokens) as u32;
+        let blocks = self.cached_blocks(&job, job.prompt_tokens, None).max(shared.min(usable));
         let cached = if job.prefilled { job.prompt_tokens - 1 } else { blocks * self.config.block_tokens };
         self.waiting.push_back(Seq {
             computed: 0,
@@ -286,8 +298,10 @@ impl Engine {
         self.version
     }
 
-    pub(super) fn load(&self) -> EngineLoad {
-        let mut load = EngineLoad::default();
+    pub(super) fn load(&self, now_us: u64) -> EngineLoad {
+        let comes = |seq: &&Seq| seq.ready_us > now_us;
+        let fetching = self.waiting.iter().chain(&self.loading).filter(comes).count() as u32;
+        let mut load = EngineLoad { fetching, ..EngineLoad::default() };
         let mut add = |new: u32, cached: u32| {
             load.waiting += 1;
             load.waiting_tokens += u64::from(new);
@@ -306,7 +320,9 @@ impl Engine {
             }
         }
         load.running = running;
-        load.kv_usage = 1.0 - f64::from(self.pool.free()) / f64::from(self.pool.len());
+        let wanted: u32 = self.waiting.iter().map(|seq| seq.target.div_ceil(self.config.block_tokens)).sum();
+        let held = self.pool.len() - self.pool.free();
+        load.kv_usage = (f64::from(held) + f64::from(wanted)) / f64::from(self.pool.len());
         load
     }
 
@@ -348,7 +364,8 @@ impl Engine {
             self.schedule_loaded(&mut budget, now_us);
             self.schedule_waiting(&mut budget, now_us);
         }
-        let due = self.loading.iter().chain(&self.waiting).map(|seq| seq.ready_us).filter(|at| *at > now_us).min();
+        let due =
+            self.loading.iter().chain(&self.waiting).map(|seq| seq.ready_us).filter(|at| *at > now_us).min();
         if self.running.iter().all(|seq| seq.chunk == 0) && self.running.is_empty() {
             return due.map(|at_us| self.wake(at_us));
         }
@@ -365,8 +382,11 @@ impl Engine {
             }
         }
         let decode = &self.config.decode;
-        let fixed_ms = (if has_prefill { self.config.prefill.c0_ms } else { 0.0 })
-            .max(if decodes > 0 { decode.base_ms } else { 0.0 });
+        let fixed_ms = (if has_prefill { self.config.prefill.c0_ms } else { 0.0 }).max(if decodes > 0 {
+            decode.base_ms
+        } else {
+            0.0
+        });
         let ms = fixed_ms + chunks_ms + (cost::step_ms(decode, decodes) - decode.base_ms);
         let each_us = ((ms * 1e3).round() as u64).max(1);
         if has_prefill {
@@ -563,6 +583,18 @@ impl Engine {
     }
 }
 
+/// Blocks that both prompts begin with.
+pub(super) fn common_blocks(a: &[u32], b: &[u32]) -> u32 {
+    let shorter = a.len().min(b.len());
+    // A block names everything before it, so equality has one end.
+    let (mut equal, mut differ) = (0, shorter + 1);
+    while differ - equal > 1 {
+        let middle = equal + (differ - equal) / 2;
+        if a[middle - 1] == b[middle - 1] { equal = middle } else { differ = middle }
+    }
+    equal as u32
+}
+
 // === impl Step ===
 
 impl Step {
@@ -570,4 +602,3 @@ impl Step {
         self.start_us + self.each_us * u64::from(self.count)
     }
 }
-

@@ -1,6 +1,7 @@
 //! The real index, fed with the frames that the engines' publishers would send, a while after it happened.
 
 use bytes::Bytes;
+use foldhash::HashMap;
 use kvatlas_index::matching::TierWeights;
 use kvatlas_index::{Index, IndexLimits, PromptInput, ScoreQuery};
 use kvatlas_planner::Held;
@@ -10,9 +11,9 @@ use kvatlas_proto::frame::{
 use kvatlas_proto::keys::{KEY_VERSION, KeyVariant};
 use kvatlas_proto::scope::InvalidScopeError;
 use kvatlas_proto::{
-    CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeySeed, Scope, ShardId, SourceId, Tier,
+    CacheGroup, Digest, DpRank, Epoch, FrameSeq, GroupKind, InstanceId, KeySeed, Scope, ShardId, SourceId,
+    Tier,
 };
-use foldhash::HashMap;
 
 use super::blocks::{BlockTree, NONE};
 use super::engine::Change;
@@ -141,7 +142,12 @@ impl Feed {
     }
 
     /// What the index says that each engine holds of a prompt.
-    pub(super) fn held(&self, keys: &[u64], prompt_tokens: u32, held: &mut [Vec<Held>]) -> Result<(), FeedError> {
+    pub(super) fn held(
+        &self,
+        keys: &[u64],
+        prompt_tokens: u32,
+        held: &mut [Vec<Held>],
+    ) -> Result<(), FeedError> {
         held.iter_mut().for_each(Vec::clear);
         let answer = self.index.score(&ScoreQuery {
             model: MODEL,

@@ -14,7 +14,7 @@ pub const MAX_ENGINES: u32 = 256;
 /// Engines of one rack.
 const ENGINES_PER_RACK: u32 = 8;
 /// The profile that is modelled and not measured; see [`HardwareConfig::default`].
-pub const MODELLED_PROFILE: &str = "modelled/h100-tp4";
+pub const MODELLED_PROFILE: &str = "modelled/h100-tp8";
 
 /// What each engine runs and has.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,7 +73,9 @@ pub enum FleetError {
     #[error(transparent)]
     Profile(#[from] UnknownProfileError),
     /// Too few or too many.
-    #[error("{engines} engines cannot be simulated: give 1 to {MAX_ENGINES}, at least one that prefills and one that decodes")]
+    #[error(
+        "{engines} engines cannot be simulated: give 1 to {MAX_ENGINES}, at least one that prefills and one that decodes"
+    )]
     Engines {
         /// How many were asked for.
         engines: u32,
@@ -94,15 +96,15 @@ pub enum FleetError {
 // === impl HardwareConfig ===
 
 impl Default for HardwareConfig {
-    /// Llama-3.1-70B on four H100 of 80 GB with 1 TB of host memory, of which 3 / 4 hold blocks.
+    /// Llama-3.1-70B on eight H100 of 80 GB with 2 TB of host memory, of which 3 / 4 hold blocks.
     ///
-    /// 4 * 80 GB * 0.9 less 141 GB of weights leave 147 GB: 448 k tokens of 327,680 bytes.
+    /// 8 * 80 GB * 0.9 less 141 GB of weights leave 435 GB: 1.3 million tokens of 327,680 bytes.
     fn default() -> Self {
         Self {
             model: "meta-llama/Llama-3.1-70B".to_owned(),
             profile: MODELLED_PROFILE.to_owned(),
-            gpu_tokens: 448_000,
-            cpu_tokens: 2_240_000,
+            gpu_tokens: 1_300_000,
+            cpu_tokens: 4_600_000,
             ssd_tokens: 0,
             max_batched_tokens: 8_192,
             max_seqs: 256,
@@ -115,13 +117,16 @@ impl Default for HardwareConfig {
 ///
 /// Splitwise measured prompts of up to 8,192 tokens, and its quadratic parts, carried to 100,000 tokens, are ten to forty
 /// times the arithmetic of attention. Traces with such prompts need one that can be carried so far: per token 2 *
-/// parameters operations, per pair of tokens 2 * layers * query width, both at half the peak of four H100 (989
+/// parameters operations, per pair of tokens 2 * layers * query width, both at half the peak of eight H100 (989
 /// TFLOP/s each, dense, bf16).
 fn modelled(profiles: &Profiles, model: &str) -> Result<CostProfile, UnknownProfileError> {
-    const FLOP_PER_MS: f64 = 4.0 * 989e12 * 0.5 / 1e3;
-    let mut costs = profiles.resolve(model, Some("llama-2-70b/h100-tp4"))?;
-    let (params, layers, width) =
-        (costs.model.active_params_b * 1e9, f64::from(costs.model.layers), f64::from(costs.model.query_width));
+    const FLOP_PER_MS: f64 = 8.0 * 989e12 * 0.5 / 1e3;
+    let mut costs = profiles.resolve(model, Some("llama-2-70b/h100-tp8"))?;
+    let (params, layers, width) = (
+        costs.model.active_params_b * 1e9,
+        f64::from(costs.model.layers),
+        f64::from(costs.model.query_width),
+    );
     let engine = Arc::make_mut(&mut costs.engine);
     engine.name = MODELLED_PROFILE.to_owned();
     engine.prefill = PrefillCost {
@@ -192,7 +197,12 @@ impl Fleet {
         engine.peer_tiers = vec![TierLabel::Cpu];
         let tier = |tier: Tier, tokens: u64| {
             let speed = costs.tiers.of(tier).filter(|_| blocks(tokens) > 0)?;
-            Some(TierConfig { tier, blocks: blocks(tokens), alpha_ms: speed.alpha_ms, gb_per_s: speed.gb_per_s })
+            Some(TierConfig {
+                tier,
+                blocks: blocks(tokens),
+                alpha_ms: speed.alpha_ms,
+                gb_per_s: speed.gb_per_s,
+            })
         };
         let tiers = [tier(Tier::Cpu, hardware.cpu_tokens), tier(Tier::Ssd, hardware.ssd_tokens)];
         let config = EngineConfig {

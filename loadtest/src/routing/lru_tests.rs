@@ -1,8 +1,7 @@
 //! The set itself, and the hit rates that a cache with this order has on traces.
 
-use std::path::Path;
-
 use super::*;
+use crate::routing::tests::public_trace;
 use crate::routing::trace::{Trace, TraceOptions, read_trace};
 
 #[test]
@@ -63,12 +62,7 @@ fn parents_outlive_their_leaves() {
 
 #[test]
 fn the_published_points_of_the_mooncake_trace_are_reproduced() {
-    let path =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/traces/mooncake-conversation.jsonl.zst");
-    if !path.exists() {
-        // The trace is public, but no part of the repository: where it is not, the rule is tested above only.
-        return;
-    }
+    let Some(path) = public_trace("mooncake-conversation.jsonl.zst") else { return };
     let trace = read_trace(&path, TraceOptions::default()).unwrap();
     assert_eq!(trace.requests.len(), 12_031);
     for (capacity, percent) in [

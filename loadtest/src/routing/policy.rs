@@ -83,7 +83,8 @@ impl Policy {
         if names == "all" {
             return Ok(Self::ALL.to_vec());
         }
-        let mut policies: Vec<Self> = names.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?;
+        let mut policies: Vec<Self> =
+            names.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?;
         policies.sort_unstable();
         policies.dedup();
         Ok(policies)

@@ -1,19 +1,22 @@
 //! Where a request goes: one policy, what it remembers, and the index and planner for those that ask them.
 
+use foldhash::HashMap;
+use kvatlas_planner::LinkOverride;
+use kvatlas_planner::query::{MAX_LINKS, QueryError};
 use kvatlas_planner::score::{LLMD_NEVER, Scored};
 use kvatlas_planner::{
     Candidate, CostProfile, Held, Load, Objective, PlanError, PlanQuery, Preset, Role, Scratch, plan, score,
 };
-use kvatlas_planner::query::QueryError;
 use kvatlas_proto::{DpRank, Tier};
-use foldhash::HashMap;
+use std::rc::Rc;
+
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::blocks::BlockTree;
-use super::engine::EngineLoad;
+use super::engine::{EngineLoad, common_blocks};
 use super::feed::{Feed, FeedError};
-use super::fleet::Fleet;
+use super::fleet::{Fleet, Shape};
 use super::lru::Lru;
 use super::policy::Policy;
 use super::trace::TraceRequest;
@@ -26,9 +29,10 @@ pub const MAX_SESSIONS: usize = 1 << 20;
 const LLMD_WEIGHTS: [f64; 3] = [3.0, 2.0, 2.0];
 /// Dynamo's default weight of blocks that must be computed.
 const DYNAMO_OVERLAP_WEIGHT: f64 = 1.0;
-/// What a second of prefill costs those who come after, in seconds of their time to first token, on an idle fleet and per
-/// waiting request of the least loaded engine. Found on the shared traces; see `docs/routing.md`.
-const WORK_WEIGHT: f64 = 0.3;
+/// What a second of prefill costs those who come later, in seconds of their time to first token. On the traces of
+/// `docs/routing.md` results hardly change from 0.3 to 3; at 0, prompts are computed anew beside pods that have them, which
+/// costs a third of the time to first token where sessions ask faster than they are answered.
+const WORK_WEIGHT: f64 = 1.0;
 
 /// Blocks that a request pulls from a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +64,9 @@ pub(super) struct Ask<'a> {
     pub(super) loads: &'a [EngineLoad],
     /// Transfers in flight, to and from each engine.
     pub(super) transfers: &'a [[u32; 2]],
+    /// When the ports of each engine have done what they were told, in and out.
+    pub(super) ports_us: &'a [[u64; 2]],
+    pub(super) now_us: u64,
 }
 
 /// A request could not be routed.
@@ -93,8 +100,10 @@ pub(super) struct Router<'a> {
     numbers: HashMap<String, usize>,
     scratch: Scratch,
     held: Vec<Vec<Held>>,
+    /// By engine, the requests that were sent there and have no first token yet: their blocks will be there before those of
+    /// whoever is sent after them.
+    pending: Vec<Vec<(u32, Rc<[u32]>)>>,
     keys: Vec<u64>,
-    work_weight: f64,
 }
 
 // === impl Router ===
@@ -107,7 +116,8 @@ impl<'a> Router<'a> {
         if policy == Policy::Local {
             std::sync::Arc::make_mut(&mut costs.engine).peer_tiers.clear();
         }
-        let feed = policy.asks_index().then(|| Feed::new(&fleet.names, fleet.engine.block_tokens)).transpose()?;
+        let feed =
+            policy.asks_index().then(|| Feed::new(&fleet.names, fleet.engine.block_tokens)).transpose()?;
         let numbers = fleet.names.iter().enumerate().map(|(at, name)| (name.as_str().to_owned(), at));
         let histories = if policy == Policy::Approximate { engines } else { 0 };
         Ok(Self {
@@ -123,10 +133,22 @@ impl<'a> Router<'a> {
             numbers: numbers.collect(),
             scratch: Scratch::default(),
             held: vec![Vec::new(); engines],
+            pending: vec![Vec::new(); engines],
             keys: Vec::new(),
             fleet,
-            work_weight: std::env::var("W").ok().and_then(|w| w.parse().ok()).unwrap_or(WORK_WEIGHT),
         })
+    }
+
+    /// A request was sent to the engine.
+    pub(super) fn sent(&mut self, engine: usize, request: u32, path: &Rc<[u32]>) {
+        if self.policy == Policy::Ours {
+            self.pending[engine].push((request, path.clone()));
+        }
+    }
+
+    /// A request has its first token from that engine, or was refused: its blocks are known to the index, or nowhere.
+    pub(super) fn answered(&mut self, engine: usize, request: u32) {
+        self.pending[engine].retain(|(pending, _)| *pending != request);
     }
 
     /// Decides.
@@ -135,6 +157,12 @@ impl<'a> Router<'a> {
             self.keys.clear();
             self.keys.extend(ask.path.iter().map(|block| ask.tree.key(*block).0));
             feed.held(&self.keys, ask.request.prompt_tokens, &mut self.held)?;
+        }
+        for (held, pending) in self.held.iter_mut().zip(&self.pending) {
+            let coming = pending.iter().map(|(_, path)| common_blocks(path, ask.path)).max().unwrap_or(0);
+            if coming > 0 {
+                held.push(Held::prefix(Tier::Gpu, coming));
+            }
         }
         let prefill = match self.policy {
             Policy::Random => self.prefills[self.random.random_range(0..self.prefills.len())],
@@ -152,8 +180,7 @@ impl<'a> Router<'a> {
                 best(&self.prefills, |a, b| value(a).total_cmp(&value(b)).then(load(b).total_cmp(&load(a))))
             }
             Policy::Llmd => {
-                let scored =
-                    self.scored(ask, Preset::LlmdPrefixDecider { non_cached_tokens: LLMD_NEVER })?;
+                let scored = self.scored(ask, Preset::LlmdPrefixDecider { non_cached_tokens: LLMD_NEVER })?;
                 self.weighted(ask, |at| scored[at].value)
             }
             Policy::Dynamo => {
@@ -162,12 +189,8 @@ impl<'a> Router<'a> {
                 let cost = |at: usize| scored[at].cost.unwrap_or(f64::INFINITY);
                 best(&self.prefills, |a, b| cost(b).total_cmp(&cost(a)))
             }
-            Policy::Local | Policy::Global => return self.planned(ask, Objective::TTFT_ONLY),
-            Policy::Ours => {
-                let ranks = f64::from(self.costs.engine.tensor_parallel);
-                let lambda = 1e3 * self.work_weight / ranks;
-                return self.planned(ask, Objective { lambda_ms_per_gpu_s: lambda, mu: 0.0, nu_ms_per_gb: 1.0 });
-            }
+            Policy::Local | Policy::Global => return self.planned(ask, Objective::TTFT_ONLY, None),
+            Policy::Ours => return self.ours(ask),
         };
         Ok(Route { prefill, decode: self.decode_for(prefill, ask), ..Route::default() })
     }
@@ -201,7 +224,8 @@ impl<'a> Router<'a> {
 
     fn approximate(&mut self, ask: &Ask<'_>) -> usize {
         let all = ask.path.len().max(1) as f64;
-        let known = |at: usize| ask.path.iter().take_while(|block| self.histories[at].contains(**block)).count();
+        let known =
+            |at: usize| ask.path.iter().take_while(|block| self.histories[at].contains(**block)).count();
         let shares: Vec<f64> = (0..self.histories.len()).map(|at| known(at) as f64 / all).collect();
         let chosen = self.weighted(ask, |at| shares[at]);
         for block in ask.path.iter().rev() {
@@ -217,21 +241,88 @@ impl<'a> Router<'a> {
         let least = self.prefills.iter().map(waiting).fold(f64::INFINITY, f64::min);
         let queue = |at: usize| if most > least { (most - waiting(&at)) / (most - least) } else { 1.0 };
         let value = |at: usize| {
-            let scores = [prefix(at), queue(at), 1.0 - ask.loads[at].kv_usage];
+            let scores = [prefix(at), queue(at), 1.0 - ask.loads[at].kv_usage.min(1.0)];
             scores.iter().zip(LLMD_WEIGHTS).map(|(score, weight)| score * weight).sum::<f64>()
         };
         best(&self.prefills, |a, b| value(a).total_cmp(&value(b)))
     }
 
+    /// Links whose ports are busy with what this router ordered: their start-up time is when these are done. For `ours`, and
+    /// as many as a question may have; others count transfers.
+    fn links(&self, ask: &Ask<'_>) -> Vec<LinkOverride<'a>> {
+        let engines = self.fleet.names.len();
+        if self.policy != Policy::Ours || engines * engines > MAX_LINKS {
+            return Vec::new();
+        }
+        let pair = |from: usize, to: usize| {
+            let class = self.fleet.places[from].link_to(self.fleet.places[to]);
+            let link = self.costs.links.of(class);
+            let free_us = ask.ports_us[to][0].max(ask.ports_us[from][1]);
+            LinkOverride {
+                from: self.fleet.names[from].as_str(),
+                to: self.fleet.names[to].as_str(),
+                alpha_ms: link.alpha_ms + free_us.saturating_sub(ask.now_us) as f64 / 1e3,
+                gb_per_s: link.gb_per_s.min(self.costs.engine.port_gb_per_s),
+            }
+        };
+        (0..engines)
+            .flat_map(|from| (0..engines).filter(move |to| *to != from).map(move |to| (from, to)))
+            .map(|(from, to)| pair(from, to))
+            .collect()
+    }
+
     fn scored(&mut self, ask: &Ask<'_>, preset: Preset) -> Result<Vec<Scored>, RouteError> {
-        let candidates = candidates(self.fleet, &self.costs, &self.held, ask);
-        let query = query(self.fleet, &self.costs, &candidates, ask, Objective::TTFT_ONLY);
+        let mut candidates = candidates(self.fleet, &self.costs, &self.held, ask);
+        let links = self.links(ask);
+        if !links.is_empty() {
+            candidates.iter_mut().for_each(|c| (c.load.transfers_in, c.load.transfers_out) = (0, 0));
+        }
+        let query = PlanQuery {
+            links: &links,
+            ..query(self.fleet, &self.costs, &candidates, ask, Objective::TTFT_ONLY)
+        };
         Ok(score(&query, &preset, &mut self.scratch)?)
     }
 
-    fn planned(&mut self, ask: &Ask<'_>, objective: Objective) -> Result<Route, RouteError> {
-        let candidates = candidates(self.fleet, &self.costs, &self.held, ask);
-        let query = query(self.fleet, &self.costs, &candidates, ask, objective);
+    /// Every engine's expected time to first token, and what others lose if this request is computed there: those whose
+    /// blocks are still on their way, all of its computing; those who come later, a share. Then a plan for the best one.
+    fn ours(&mut self, ask: &Ask<'_>) -> Result<Route, RouteError> {
+        let objective = Objective {
+            lambda_ms_per_gpu_s: 1e3 * WORK_WEIGHT / f64::from(self.costs.engine.tensor_parallel),
+            ..Objective::TTFT_ONLY
+        };
+        if matches!(self.fleet.shape, Shape::Apart { .. }) {
+            return self.planned(ask, objective, None);
+        }
+        let scored = self.scored(ask, Preset::Cost { pulls: true })?;
+        let cost = |at: usize| {
+            let prefill_ms =
+                scored[at].terms.iter().find(|term| term.name == "prefill").map_or(0.0, |term| term.ms);
+            let others = WORK_WEIGHT + f64::from(ask.loads[at].fetching);
+            scored[at].cost.unwrap_or(f64::INFINITY) + others * prefill_ms
+        };
+        let chosen = best(&self.prefills, |a, b| cost(b).total_cmp(&cost(a)));
+        self.planned(ask, objective, Some(chosen))
+    }
+
+    /// The planner's plan; with `only`, where nobody else prefills.
+    fn planned(
+        &mut self,
+        ask: &Ask<'_>,
+        objective: Objective,
+        only: Option<usize>,
+    ) -> Result<Route, RouteError> {
+        let mut candidates = candidates(self.fleet, &self.costs, &self.held, ask);
+        if let Some(only) = only {
+            candidates.iter_mut().for_each(|candidate| candidate.role = Role::Decode);
+            candidates[only].role = Role::Both;
+        }
+        let links = self.links(ask);
+        if !links.is_empty() {
+            candidates.iter_mut().for_each(|c| (c.load.transfers_in, c.load.transfers_out) = (0, 0));
+        }
+        let query =
+            PlanQuery { links: &links, ..query(self.fleet, &self.costs, &candidates, ask, objective) };
         let plan = plan(&query, &mut self.scratch)?;
         let pulls = plan.segments.iter().filter_map(|segment| {
             let source = *self.numbers.get(segment.source.as_deref()?)?;
@@ -253,7 +344,12 @@ fn best(among: &[usize], compare: impl Fn(usize, usize) -> std::cmp::Ordering) -
     among.iter().copied().reduce(better).unwrap_or(0)
 }
 
-fn candidates<'a>(fleet: &'a Fleet, costs: &CostProfile, held: &'a [Vec<Held>], ask: &Ask<'_>) -> Vec<Candidate<'a>> {
+fn candidates<'a>(
+    fleet: &'a Fleet,
+    costs: &CostProfile,
+    held: &'a [Vec<Held>],
+    ask: &Ask<'_>,
+) -> Vec<Candidate<'a>> {
     let candidate = |at: usize| {
         let load = &ask.loads[at];
         let waits = load.waiting > 0;

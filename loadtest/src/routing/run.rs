@@ -80,7 +80,10 @@ enum Event {
     Frames(Vec<Bytes>),
     /// The decode engine has all blocks of this request.
     Handed(u32),
-    TransferEnds { from: usize, to: usize },
+    TransferEnds {
+        from: usize,
+        to: usize,
+    },
 }
 
 struct Queued {
@@ -129,8 +132,9 @@ pub fn run(
 fn conversation_starts(trace: &Trace, pace: &Pace) -> Vec<u64> {
     let mut random = StdRng::seed_from_u64(pace.seed ^ 0x0073_7461_7274);
     let window_us = f64::from(trace.conversations) * pace.conversation_gap_s * 1e6;
-    let mut starts: Vec<u64> =
-        (0..trace.conversations).map(|_| (random.random_range(0.0..1.0) * window_us / pace.load) as u64).collect();
+    let mut starts: Vec<u64> = (0..trace.conversations)
+        .map(|_| (random.random_range(0.0..1.0) * window_us / pace.load) as u64)
+        .collect();
     starts.sort_unstable();
     starts
 }
@@ -209,14 +213,22 @@ impl<'a> Run<'a> {
 
     fn arrive(&mut self, number: u32, now_us: u64, on_end: &mut dyn FnMut(usize)) -> Result<(), RouteError> {
         let request = &self.trace.requests[number as usize];
-        let path = self.trace.full_path(request);
-        let loads: Vec<EngineLoad> = self.engines.iter().map(Engine::load).collect();
-        let ask =
-            Ask { request, path: &path, tree: &self.trace.tree, loads: &loads, transfers: &self.transfers };
+        let path: Rc<[u32]> = self.trace.full_path(request).into();
+        let loads: Vec<EngineLoad> = self.engines.iter().map(|engine| engine.load(now_us)).collect();
+        let ask = Ask {
+            request,
+            path: &path,
+            tree: &self.trace.tree,
+            loads: &loads,
+            transfers: &self.transfers,
+            ports_us: &self.ports_us,
+            now_us,
+        };
         let route = self.router.route(&ask)?;
         let at = route.prefill;
         let served = &mut self.outcomes.served[number as usize];
-        (served.arrived_us, served.engine, served.expected_ttft_ms) = (now_us, at as u32, route.expected_ttft_ms);
+        (served.arrived_us, served.engine, served.expected_ttft_ms) =
+            (now_us, at as u32, route.expected_ttft_ms);
         let (pulled, pulls_end_us) = self.pull(&route, &path, now_us);
         let mut staged = self.engines[at].stage(&path, request.prompt_tokens, &pulled, now_us);
         staged.ready_us = staged.ready_us.max(pulls_end_us);
@@ -224,14 +236,16 @@ impl<'a> Run<'a> {
         self.routes[number as usize] = Some(route);
         let job = Job {
             request: number,
-            path: path.into(),
+            path: path.clone(),
             prompt_tokens: request.prompt_tokens,
             output_tokens: request.output_tokens,
             staged,
             hands_off,
             prefilled: false,
         };
-        if !self.engines[at].submit(job) {
+        if self.engines[at].submit(job) {
+            self.router.sent(at, number, &path);
+        } else {
             self.end(number, now_us, on_end);
         }
         self.advance(at, now_us, on_end)
@@ -247,7 +261,12 @@ impl<'a> Run<'a> {
             if there > 0 {
                 let bytes = there as f64 * self.fleet.engine.block_bytes;
                 self.outcomes.totals.pulled_bytes += bytes;
-                let read = self.fleet.costs.tiers.of(*tier).map_or((0.0, f64::INFINITY), |t| (t.alpha_ms, t.gb_per_s));
+                let read = self
+                    .fleet
+                    .costs
+                    .tiers
+                    .of(*tier)
+                    .map_or((0.0, f64::INFINITY), |t| (t.alpha_ms, t.gb_per_s));
                 ends_us = ends_us.max(self.transfer(*source, route.prefill, bytes, read, None, now_us));
                 pulled.push((*from, from + there as u32));
             }
@@ -300,6 +319,7 @@ impl<'a> Run<'a> {
         for outcome in out {
             match outcome {
                 Outcome::FirstToken { request, cached_tokens } => {
+                    self.router.answered(at, request);
                     let served = &mut self.outcomes.served[request as usize];
                     served.first_us = now_us;
                     if self.routes[request as usize].as_ref().is_some_and(|route| route.prefill == at) {
@@ -307,6 +327,7 @@ impl<'a> Run<'a> {
                     }
                 }
                 Outcome::Prefilled { request, cached_tokens, prefill_us } => {
+                    self.router.answered(at, request);
                     self.outcomes.served[request as usize].cached_tokens = cached_tokens;
                     self.hand_off(request, at, prefill_us, now_us);
                 }
@@ -334,14 +355,17 @@ impl<'a> Run<'a> {
         let missing = f64::from(request.prompt_tokens) - held * f64::from(config.block_tokens);
         let bytes = missing * config.block_bytes / f64::from(config.block_tokens);
         self.outcomes.totals.handed_bytes += bytes;
-        let layers = if self.fleet.costs.engine.layer_wise { f64::from(self.fleet.costs.model.layers) } else { 1.0 };
+        let layers =
+            if self.fleet.costs.engine.layer_wise { f64::from(self.fleet.costs.model.layers) } else { 1.0 };
         let beside = Some((layers, prefill_us as f64 / 1e3));
         let end_us = self.transfer(from, to, bytes, (0.0, f64::INFINITY), beside, now_us);
         self.push(end_us, Event::Handed(number));
     }
 
     fn decode(&mut self, number: u32, now_us: u64, on_end: &mut dyn FnMut(usize)) -> Result<(), RouteError> {
-        let Some((from, to)) = self.routes[number as usize].as_ref().map(|route| (route.prefill, route.decode)) else {
+        let Some((from, to)) =
+            self.routes[number as usize].as_ref().map(|route| (route.prefill, route.decode))
+        else {
             return Ok(());
         };
         let request = &self.trace.requests[number as usize];

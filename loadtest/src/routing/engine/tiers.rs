@@ -56,10 +56,18 @@ impl Tiers {
             }
             let tier = config.tier;
             let stays = |block: &&u32| held.contains(**block);
-            changes.extend(new.iter().filter(stays).map(|block| Change { tier, block: *block, stored: true }));
+            changes.extend(new.iter().filter(stays).map(|block| Change {
+                tier,
+                block: *block,
+                stored: true,
+            }));
             gone.retain(|block| !held.contains(*block));
             let was_there = |block: &&u32| !new.contains(block);
-            changes.extend(gone.iter().filter(was_there).map(|block| Change { tier, block: *block, stored: false }));
+            changes.extend(gone.iter().filter(was_there).map(|block| Change {
+                tier,
+                block: *block,
+                stored: false,
+            }));
             // The newest of what goes down comes last in this order, and is put in first there.
             gone.reverse();
             coming = gone;
@@ -104,7 +112,7 @@ mod tests {
     fn what_was_used_longest_ago_goes_one_tier_down_and_is_told() {
         let tier = |tier, blocks| TierConfig { tier, blocks, alpha_ms: 1.0, gb_per_s: 1.0 };
         let mut tiers = Tiers::new(&[tier(Tier::Cpu, 2), tier(Tier::Ssd, 2)]);
-        let mut told = |tiers: &mut Tiers, blocks: &[u32]| {
+        let told = |tiers: &mut Tiers, blocks: &[u32]| {
             let mut changes = Vec::new();
             tiers.write(blocks, &mut changes);
             changes.iter().map(|c| (c.tier as u8, c.block, c.stored)).collect::<Vec<_>>()
