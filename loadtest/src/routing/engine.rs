@@ -602,3 +602,7 @@ impl Step {
         self.start_us + self.each_us * u64::from(self.count)
     }
 }
+
+#[cfg(test)]
+#[path = "engine_tests.rs"]
+mod tests;
