@@ -1,7 +1,7 @@
 //! The best (prefill, decode) pair, the source of each block, and why.
 //!
-//! Holders are grouped once ([`sources`](crate::sources)), each prefill instance walks over its interval ends once
-//! ([`walk`](crate::walk)) and keeps a few stops; a pair then costs a few additions. Everything that is needed in between
+//! Holders are grouped once (module `sources`), each prefill instance walks over its interval ends once
+//! (module `walk`) and keeps a few stops; a pair then costs a few additions. Everything that is needed in between
 //! lives in a [`Scratch`] that the caller keeps.
 
 use kvatlas_proto::{DpRank, InstanceId, Tier};
