@@ -18,6 +18,7 @@
 //! * [`check`]: plays a recording through the real path and compares with the engine's own state.
 //! * [`demo`]: conversations over simulated engines, routed by the index and round robin.
 //! * [`bench_shim`]: the shim's benchmark, from raw payloads to frames.
+//! * [`routing`]: which routing policy serves a trace best.
 //! * [`scale`]: how large a deployment can be.
 //! * [`sim`]: the protocol under faults, in virtual time.
 //! * [`workload`]: conversations, and what a routing policy made of them.
@@ -40,6 +41,7 @@ pub mod record;
 pub mod recovery;
 pub mod redact;
 pub mod replay;
+pub mod routing;
 pub mod scale;
 pub mod sim;
 pub mod sockets;

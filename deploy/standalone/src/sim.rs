@@ -1,4 +1,4 @@
-//! `kvatlas sim`: the protocol under faults, and how large a deployment can be, simulated in virtual time.
+//! `kvatlas sim`: the protocol under faults, how large a deployment can be, and which routing policy serves a trace best.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::failure::Failure;
 use crate::output;
 
+mod routing;
 mod scale;
 
 /// How long a failing scenario is made smaller.
@@ -34,6 +35,9 @@ enum What {
     /// A fleet's blocks, events and queries through the real code, on one machine, and what follows for 10,000 pods: servers,
     /// memory, bytes on the bus, and how evenly they are spread, against other ways of sharding.
     Scale(scale::ScaleArgs),
+    /// A fleet of engines in virtual time: a recorded or made-up trace under several routing policies, with the real index and
+    /// planner behind those that ask them. Equal arguments give equal results.
+    Routing(Box<routing::RoutingArgs>),
 }
 
 #[derive(Args)]
@@ -99,6 +103,7 @@ pub fn run(args: &SimArgs) -> Result<ExitCode, Failure> {
     match &args.what {
         What::Faults(args) => Ok(faults(args)),
         What::Scale(args) => scale::run(args),
+        What::Routing(args) => routing::run(args),
     }
 }
 
