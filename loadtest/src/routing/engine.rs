@@ -366,7 +366,7 @@ impl Engine {
         }
         let due =
             self.loading.iter().chain(&self.waiting).map(|seq| seq.ready_us).filter(|at| *at > now_us).min();
-        if self.running.iter().all(|seq| seq.chunk == 0) && self.running.is_empty() {
+        if self.running.is_empty() {
             return due.map(|at_us| self.wake(at_us));
         }
         let (mut chunks_ms, mut decodes, mut has_prefill) = (0.0, 0, false);

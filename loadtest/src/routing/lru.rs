@@ -82,15 +82,12 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
             self.push(at);
             return Some((gone.key, gone.value));
         }
-        let at = match self.unused.pop() {
-            Some(at) => {
-                self.entries[at as usize] = entry;
-                at
-            }
-            None => {
-                self.entries.push(entry);
-                self.entries.len() as u32 - 1
-            }
+        let at = if let Some(at) = self.unused.pop() {
+            self.entries[at as usize] = entry;
+            at
+        } else {
+            self.entries.push(entry);
+            self.entries.len() as u32 - 1
         };
         self.known.insert(key, at);
         self.push(at);

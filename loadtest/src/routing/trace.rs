@@ -263,7 +263,7 @@ impl<'a> Reader<'a> {
         Ok(self.trace)
     }
 
-    fn bad(&self, at: usize, problem: impl ToString) -> ReadTraceError {
+    fn bad(&self, at: usize, problem: &dyn ToString) -> ReadTraceError {
         ReadTraceError::Line { path: self.path.to_owned(), line: at + 1, problem: problem.to_string() }
     }
 
@@ -282,7 +282,7 @@ impl<'a> Reader<'a> {
     }
 
     fn mooncake(&mut self, at: usize, line: &[u8]) -> Result<(), ReadTraceError> {
-        let line: MooncakeLine = serde_json::from_slice(line).map_err(|error| self.bad(at, error))?;
+        let line: MooncakeLine = serde_json::from_slice(line).map_err(|error| self.bad(at, &error))?;
         self.cut(line.block_size.unwrap_or(MOONCAKE_ID_TOKENS))?;
         let request = self.request(&line.hash_ids, line.input_length, line.output_length);
         let session = match line.session {
@@ -310,7 +310,7 @@ impl<'a> Reader<'a> {
     }
 
     fn agents(&mut self, at: usize, line: &[u8]) -> Result<(), ReadTraceError> {
-        let line: AgentLine = serde_json::from_slice(line).map_err(|error| self.bad(at, error))?;
+        let line: AgentLine = serde_json::from_slice(line).map_err(|error| self.bad(at, &error))?;
         self.cut(line.block_size)?;
         if line.hash_id_scope == "local" {
             self.ids = Ids::new(line.block_size / self.trace.block_tokens);
@@ -367,16 +367,15 @@ impl<'a> Reader<'a> {
             if self.is_full() {
                 break;
             }
-            let text = std::str::from_utf8(line).map_err(|error| self.bad(at, error))?.trim_end();
+            let text = std::str::from_utf8(line).map_err(|error| self.bad(at, &error))?.trim_end();
             let mut fields = text.split(',');
             let mut field = || fields.next();
-            let record = || {
+            let mut record = || {
                 let time = parse_time(field()?)?;
                 Some((time, field()?.parse::<u32>().ok()?, field()?.parse::<u32>().ok()?))
             };
-            let mut record = record;
             let (time, input, output) =
-                record().ok_or_else(|| self.bad(at, "not TIMESTAMP,ContextTokens,GeneratedTokens"))?;
+                record().ok_or_else(|| self.bad(at, &"not TIMESTAMP,ContextTokens,GeneratedTokens"))?;
             let begin = *begin.get_or_insert(time);
             let blocks = input / self.trace.block_tokens;
             let last = (0..blocks).fold(NONE, |parent, _| self.trace.tree.add(parent));
