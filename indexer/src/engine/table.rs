@@ -30,6 +30,9 @@ const STAGGER_FROM: usize = 32;
 /// Buckets of one part at most: the length of a shared array.
 const MAX_BUCKETS: usize = 65_535;
 
+/// Buckets ahead at which an array that is replaced is fetched.
+const REBUILT_AHEAD: usize = 12;
+
 /// Buckets in which a displaced key is looked for by hash, before all others in turn.
 const SPREAD: usize = 6;
 
@@ -38,7 +41,7 @@ const HASH_BITS: u32 = 28;
 /// they are (16 bits), then how many buckets have to be looked into for the furthest (16 bits).
 const META: usize = SLOTS;
 
-/// What the table needs to know about a key.
+/// What the table needs to know about a key. `rest` is never 0, so that an empty slot fits no key.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Hash {
     part: usize,
@@ -84,7 +87,8 @@ impl Table {
     pub(super) fn hash(&self, key: BlockKey) -> Hash {
         let product = u128::from(key.0 ^ self.seeds[0]) * u128::from(self.seeds[1]);
         let mixed = (product as u64) ^ (product >> 64) as u64;
-        Hash { part: (mixed >> 56) as usize, rest: mixed >> (56 - HASH_BITS) & ((1 << HASH_BITS) - 1) }
+        let rest = mixed >> (56 - HASH_BITS) & ((1 << HASH_BITS) - 1);
+        Hash { part: (mixed >> 56) as usize, rest: rest.max(1) }
     }
 
     /// Asks for the line where the key's slot should be.
@@ -94,23 +98,19 @@ impl Table {
         prefetch(lines.as_ptr().wrapping_add(home(hash.rest, lines.len())));
     }
 
-    /// The same, and the line where the slot is if that one is full.
+    /// Asks for the next line of a key that is to be inserted, if its first `full` lines, which should be at hand, have
+    /// no empty slot. True if so.
     #[inline]
-    pub(super) fn prefetch_pair(&self, hash: Hash, guard: &impl Guard) {
+    pub(super) fn prefetch_if_full(&self, hash: Hash, full: usize, guard: &impl Guard) -> bool {
         let lines = self.parts[hash.part].load(guard);
         let at = home(hash.rest, lines.len());
-        prefetch(lines.as_ptr().wrapping_add(at));
-        prefetch(lines.as_ptr().wrapping_add(nth(at, 1, hash.rest, lines.len())));
-    }
-
-    /// Asks for the second line of a key that is to be inserted, if its first one is full.
-    #[inline]
-    pub(super) fn prefetch_if_full(&self, hash: Hash, guard: &impl Guard) {
-        let lines = self.parts[hash.part].load(guard);
-        let at = home(hash.rest, lines.len());
-        if lines[at].0[..SLOTS].iter().all(|slot| slot.load(Ordering::Relaxed) != 0) {
-            prefetch(lines.as_ptr().wrapping_add(nth(at, 1, hash.rest, lines.len())));
+        for further in 0..full {
+            if empty(&lines[nth(at, further, hash.rest, lines.len())]) != 0 {
+                return false;
+            }
         }
+        prefetch(lines.as_ptr().wrapping_add(nth(at, full, hash.rest, lines.len())));
+        true
     }
 
     /// The first place whose slot fits. Nearly always the key's; `None` is certain.
@@ -192,9 +192,19 @@ fn fitting(line: &Line, rest: u64) -> u32 {
     let mut fits = 0;
     for (i, slot) in line.0[..SLOTS].iter().enumerate() {
         let slot = slot.load(Ordering::Relaxed);
-        fits |= u32::from(slot >> PLACE_BITS == rest && slot != 0) << i;
+        fits |= u32::from(slot >> PLACE_BITS == rest) << i;
     }
     fits
+}
+
+/// Bits of the empty slots.
+#[inline]
+fn empty(line: &Line) -> u32 {
+    let mut empty = 0;
+    for (i, slot) in line.0[..SLOTS].iter().enumerate() {
+        empty |= u32::from(slot.load(Ordering::Relaxed) == 0) << i;
+    }
+    empty
 }
 
 #[cold]
@@ -293,7 +303,8 @@ impl TableWriter {
         self.buckets = self.buckets + buckets - old.len();
         self.fill.clear();
         self.fill.resize(buckets, 0);
-        for line in old {
+        for (at, line) in old.iter().enumerate() {
+            prefetch(old.as_ptr().wrapping_add(at + REBUILT_AHEAD));
             for slot in &line.0[..SLOTS] {
                 let slot = slot.load(Ordering::Relaxed);
                 if slot == 0 {
@@ -352,9 +363,11 @@ fn put(lines: &[Line], rest: u64, place: Place) {
     let at = home(rest, lines.len());
     for further in 0..=lines.len() + SPREAD {
         let line = &lines[nth(at, further, rest, lines.len())];
-        let free = line.0[..SLOTS].iter().find(|slot| slot.load(Ordering::Relaxed) == 0);
-        let Some(free) = free else { continue };
-        free.store(value, Ordering::Release);
+        let empty = empty(line);
+        if empty == 0 {
+            continue;
+        }
+        line.0[empty.trailing_zeros() as usize].store(value, Ordering::Release);
         if further > 0 {
             let meta: &AtomicU64 = &lines[at].0[META];
             let old = meta.load(Ordering::Relaxed);

@@ -8,11 +8,12 @@ use std::sync::atomic::Ordering;
 
 use kvatlas_proto::{BlockKey, Digest};
 
+use super::ahead::Hints;
 use super::locate::Base;
 use super::raw::{Limbo, Token};
 use super::sets::{EMPTY, SetWriter};
 use super::strand::{MAX_BLOCKS, Parent, Place, Step, StrandNo};
-use super::table::TableWriter;
+use super::table::{Hash, TableWriter};
 use super::{EngineLimits, Freed, Holder, MAX_HOLDERS, Removed, Shared, Stored};
 
 /// Keys whose second lines are asked for before the first of them is put into the table.
@@ -43,6 +44,7 @@ pub(super) struct Writer {
     pub(super) limits: EngineLimits,
     pub(super) old: Vec<Step>,
     pub(super) new: Vec<Step>,
+    pub(super) hints: Hints,
 }
 
 #[derive(Default)]
@@ -91,6 +93,7 @@ impl Writer {
             limits,
             old: Vec::new(),
             new: Vec::new(),
+            hints: Hints::default(),
         }
     }
 
@@ -241,7 +244,7 @@ impl Writer {
             if let Some(ahead) = keys.get(at + 16) {
                 shared.table.prefetch(shared.table.hash(*ahead), &self.token);
             }
-            let Some(place) = self.place_of(shared, keys[at]) else {
+            let Some(place) = self.place_of_first(shared, keys[at]) else {
                 at += 1;
                 continue;
             };
@@ -278,15 +281,27 @@ impl Writer {
 
     #[inline]
     pub(super) fn place_of(&self, shared: &Shared, key: BlockKey) -> Option<Place> {
-        shared.table.find(shared.table.hash(key), &self.token, |place| {
-            let header = shared.strands.get(place.strand());
-            place.offset() < header.blocks() && header.key(place.offset(), &self.token) == key
-        })
+        shared.table.find(shared.table.hash(key), &self.token, |place| self.is_at(shared, place, key))
+    }
+
+    /// The same for a key that a change begins at: what was found out ahead saves the search.
+    #[inline]
+    fn place_of_first(&self, shared: &Shared, key: BlockKey) -> Option<Place> {
+        match self.hints.of(key) {
+            Some(place) if self.is_at(shared, place, key) => Some(place),
+            _ => self.place_of(shared, key),
+        }
+    }
+
+    #[inline]
+    fn is_at(&self, shared: &Shared, place: Place, key: BlockKey) -> bool {
+        let header = shared.strands.get(place.strand());
+        place.offset() < header.blocks() && header.key(place.offset(), &self.token) == key
     }
 
     /// Where the key is; one that is not known becomes a block that nobody holds, of unknown beginning.
     fn place_or_ghost(&mut self, shared: &Shared, key: BlockKey) -> Option<Place> {
-        if let Some(place) = self.place_of(shared, key) {
+        if let Some(place) = self.place_of_first(shared, key) {
             return Some(place);
         }
         match self.append(shared, None, Attach::Unknown, &[key]) {
@@ -343,7 +358,9 @@ impl Writer {
                 }
                 return Appended { last: attach, left: keys.len() - inserted, met_known };
             }
-            attach = Attach::At(Place::new(strand, from + take as u32 - 1));
+            let last = Place::new(strand, from + take as u32 - 1);
+            self.hints.stored(now[take - 1], last);
+            attach = Attach::At(last);
             keys = rest;
         }
         Appended { last: attach, left: 0, met_known: false }
@@ -354,8 +371,14 @@ impl Writer {
         let mut inserted = 0;
         for batch in keys.chunks(INSERTED_TOGETHER) {
             if keys.len() > 1 {
+                let mut full = [Hash::default(); INSERTED_TOGETHER];
+                let mut count = 0;
                 for key in batch {
-                    shared.table.prefetch_if_full(shared.table.hash(*key), &self.token);
+                    full[count] = shared.table.hash(*key);
+                    count += usize::from(shared.table.prefetch_if_full(full[count], 1, &self.token));
+                }
+                for hash in &full[..count] {
+                    shared.table.prefetch_if_full(*hash, 2, &self.token);
                 }
             }
             for key in batch {
