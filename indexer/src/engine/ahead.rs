@@ -90,8 +90,8 @@ impl Writer {
         if at >= changes.len() {
             return;
         }
-        let place = begins_at(changes, at)
-            .and_then(|key| shared.table.hint(shared.table.hash(key), &self.token));
+        let place =
+            begins_at(changes, at).and_then(|key| shared.table.hint(shared.table.hash(key), &self.token));
         if let Some(place) = place {
             prefetch(&shared.strands, place);
         }
