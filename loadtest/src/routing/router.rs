@@ -33,6 +33,10 @@ const DYNAMO_OVERLAP_WEIGHT: f64 = 1.0;
 /// `docs/routing.md` results hardly change from 0.3 to 3; at 0, prompts are computed anew beside pods that have them, which
 /// costs a third of the time to first token where sessions ask faster than they are answered.
 const WORK_WEIGHT: f64 = 1.0;
+/// What it costs others if a request takes all KV space of an engine that is in use throughout, ms of their time to first
+/// token: it is held for the time of an answer, and what was cached there is lost. In proportion below. On the traces of
+/// `docs/routing.md` a third of it is as good below capacity; above it, the more the better, up to this.
+const SPACE_MS: f64 = 300_000.0;
 
 /// Blocks that a request pulls from a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,7 +289,8 @@ impl<'a> Router<'a> {
     }
 
     /// Every engine's expected time to first token, and what others lose if this request is computed there: those whose
-    /// blocks are still on their way, all of its computing; those who come later, a share. Then a plan for the best one.
+    /// blocks are still on their way, all of its computing; those who come later, a share of that and the space that it
+    /// takes. Then a plan for the best one.
     fn ours(&mut self, ask: &Ask<'_>) -> Result<Route, RouteError> {
         let objective = Objective {
             lambda_ms_per_gpu_s: 1e3 * WORK_WEIGHT / f64::from(self.costs.engine.tensor_parallel),
@@ -299,10 +304,19 @@ impl<'a> Router<'a> {
             let prefill_ms =
                 scored[at].terms.iter().find(|term| term.name == "prefill").map_or(0.0, |term| term.ms);
             let others = WORK_WEIGHT + f64::from(ask.loads[at].fetching);
-            scored[at].cost.unwrap_or(f64::INFINITY) + others * prefill_ms
+            let space_ms = SPACE_MS * self.new_share(at, ask) * ask.loads[at].kv_usage.min(1.0);
+            scored[at].cost.unwrap_or(f64::INFINITY) + others * prefill_ms + space_ms
         };
         let chosen = best(&self.prefills, |a, b| cost(b).total_cmp(&cost(a)));
         self.planned(ask, objective, Some(chosen))
+    }
+
+    /// Share of the engine's KV space that this prompt takes beyond what lies in its GPUs.
+    fn new_share(&self, at: usize, ask: &Ask<'_>) -> f64 {
+        let begins = self.held[at].iter().filter(|held| held.tier == Tier::Gpu && held.first_block == 0);
+        let there = begins.map(|held| held.end_block).max().unwrap_or(0);
+        let new = (ask.path.len() as u32).saturating_sub(there);
+        f64::from(new) / f64::from(self.fleet.engine.gpu_blocks)
     }
 
     /// The planner's plan; with `only`, where nobody else prefills.
