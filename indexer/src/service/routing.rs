@@ -15,7 +15,7 @@ use crate::costing::score::Priced;
 use crate::guard::Caller;
 use crate::index::BlockSizeMismatch;
 use crate::query::{ScoreAnswer, ScoreQuery};
-use crate::request::{self, MAX_REQUEST_NAME_BYTES, RequestError};
+use crate::request::{self, RequestError};
 use crate::speculate::{Expected, ExpectedChain, MAX_BLOCKS};
 use crate::status::{PlanRequestError, ScoreError, SpeculateRequestError};
 
@@ -158,7 +158,6 @@ impl AtlasService {
                 .take(crate::speculate::MAX_CHAINS)
                 .collect(),
         };
-        debug_assert!(request.request.len() <= MAX_REQUEST_NAME_BYTES, "checked above");
         Ok(pb::SpeculateResponse { blocks: self.parts.speculation.expect(expected).await? })
     }
 }
