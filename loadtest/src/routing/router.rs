@@ -34,8 +34,8 @@ const DYNAMO_OVERLAP_WEIGHT: f64 = 1.0;
 /// costs a third of the time to first token where sessions ask faster than they are answered.
 const WORK_WEIGHT: f64 = 1.0;
 /// What it costs others if a request takes all KV space of an engine that is in use throughout, ms of their time to first
-/// token: it is held for the time of an answer, and what was cached there is lost. In proportion below. On the traces of
-/// `docs/routing.md` a third of it is as good below capacity; above it, the more the better, up to this.
+/// token: it is held for the time of an answer, and what was cached there is lost. In proportion below. Chosen on the traces of
+/// `docs/routing.md`: above capacity, the more the better, up to this.
 const SPACE_MS: f64 = 300_000.0;
 
 /// Blocks that a request pulls from a peer.
